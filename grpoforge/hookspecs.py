@@ -1,0 +1,132 @@
+"""The hooks a plugin may implement. This module is the plugin document: what is called, when, and with what.
+
+A plugin is a module (or an object) with functions marked ``@grpoforge.hookimpl``, found in one of two ways:
+
+- installed: a distribution with an entry point in the group ``grpoforge``, after which it is named;
+- local: ``--plugin my_reward.py``; the plugin is named after the file, ``my_reward``.
+
+One rule holds for every component: **positional parameters are data, keyword-only parameters are options.**
+Data is what the program hands over; options are what the user writes in YAML or with ``--set``. Options
+become a strict model from the signature: the annotation is the type, the default is the default,
+``Annotated[int, "help"]`` adds the help. A component is a function, or a class whose ``__init__`` takes the
+options as keyword-only parameters (for rules between options: raise ``GrpoforgeError`` there). Registered
+components are shown by ``grpoforge plugins``.
+
+Hooks are called before the first step (``register_*``, ``load_policy``) or between steps (``*_finished``);
+nothing in the arithmetic of a step goes through a hook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pluggy
+
+if TYPE_CHECKING:
+    from grpoforge.config import ModelConfig
+    from grpoforge.policy import Policy
+    from grpoforge.types import RunSummary, StepReport
+
+hookspec = pluggy.HookspecMarker("grpoforge")
+
+
+class Register(Protocol):
+    """What every ``register_*`` hook receives; it already knows which plugin is registering."""
+
+    def __call__(
+        self,
+        name: str,
+        component: Callable[..., Any],
+        *,
+        weight: float | None = None,
+        gate: str | None = None,
+    ) -> None:
+        """Add ``component`` under ``name``; its id is ``plugin:name``, and the bare name works while unique.
+
+        Args:
+            name: letters, digits, ``.``, ``_`` and ``-``, a letter or ``_`` first.
+            component: a function, or a class.
+            weight: rewards only: the weight a run uses when it names none; 1.0 when left out.
+            gate: rewards only: the name of another reward; this one pays only where that one reached 1.
+
+        Raises:
+            PluginError: the name, the component or its signature cannot be used.
+        """
+
+
+@hookspec
+def register_rewards(register: Register) -> None:
+    """Add rewards: ``(completions, <other data>, *, <options>) -> list[float | None]``, one per completion.
+
+    Data is bound by name: ``completions``, ``prompts``, ``completion_ids``, ``finish_reasons``,
+    ``temperatures``, ``max_completion_length``, ``rollouts`` (when a score compares siblings), or any column
+    of the dataset. A data parameter with a default is optional. ``None`` means *not scored*, which is not 0.
+    ``async def`` is fine. A class is called like the function: data on ``__call__``, options on ``__init__``.
+    A function with ``**kwargs`` that takes ``completions`` is a TRL reward and works as it is; all its
+    parameters are data and it has no options.
+    """
+
+
+@hookspec
+def register_samplers(register: Register) -> None:
+    """Add samplers: classes with ``sample``, ``greedy`` and ``sync``.
+
+    ``sample(policy, prompts, group_size, seed)`` and ``greedy(policy, prompts)`` return ``Rollouts``;
+    ``sync(policy)`` follows each step.
+    All randomness comes from ``seed``: equal arguments, equal rollouts. See ``grpoforge.types.Sampler``.
+    """
+
+
+@hookspec
+def register_advantages(register: Register) -> None:
+    """Add advantages: ``(rewards [P, G, K], weights [K], *, <options>) -> advantages [P, G]``.
+
+    Float64 in and out. NaN in ``rewards`` means *not scored*; a row that no reward scored gets advantage 0.
+    """
+
+
+@hookspec
+def register_kl_estimators(register: Register) -> None:
+    """Add KL estimators: ``(logprobs [b, T], ref_logprobs [b, T], *, <options>) -> estimates [b, T]``."""
+
+
+@hookspec
+def register_losses(register: Register) -> None:
+    """Add losses: ``(inputs, *, <options>) -> (per_token_loss [b, T], metrics of [b, T])``.
+
+    ``inputs`` is a ``grpoforge.types.LossInputs``. A loss normalizes nothing: the engine divides by a
+    denominator counted once per optimizer step over all ranks.
+    """
+
+
+@hookspec
+def register_trackers(register: Register) -> None:
+    """Add trackers: classes built as ``Tracker(run, *, <options>)``.
+
+    They have ``step_finished(report)``, ``evaluated(step, metrics)`` and ``close()``. See
+    ``grpoforge.types.Tracker``.
+    """
+
+
+@hookspec
+def register_datasets(register: Register) -> None:
+    """Add datasets: ``(split, *, <options>) -> list of rows``; a row is a dict of data for rewards."""
+
+
+@hookspec(firstresult=True)
+def load_policy(model: ModelConfig) -> Policy | None:
+    """The policy for ``model``, or None for "not mine". Called once; the first plugin that answers decides.
+
+    The built-in loader is ``trylast``, so a plugin that recognizes its own models comes before it.
+    """
+
+
+@hookspec
+def step_finished(report: StepReport) -> None:
+    """Called on rank 0 after each optimizer step. An exception stops the run and names the plugin."""
+
+
+@hookspec
+def run_finished(summary: RunSummary) -> None:
+    """Called on rank 0 once, when the run has finished and everything is saved."""
