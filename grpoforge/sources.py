@@ -1,0 +1,186 @@
+"""Where rows come from: JSONL and Parquet files, folders saved by ``datasets``, and the hub.
+
+Every row keeps its origin (``train.jsonl:17``), so that a bad one can be named.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpoforge.errors import DataError, suggest
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One problem: its columns, and where it stands."""
+
+    columns: Mapping[str, Any]
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that could not be read, and why."""
+
+    origin: str
+    reason: str
+
+
+def is_path(name: str) -> bool:
+    """True when ``name`` means a file or folder rather than a registered dataset or a hub id.
+
+    A folder called like a dataset does not hide it: write ``./name`` for the folder.
+    """
+    looks_local = name.startswith((".", "/", "~")) or name.endswith((".jsonl", ".json", ".parquet"))
+    return looks_local or os.path.isfile(name) or ("/" in name and os.path.exists(name))
+
+
+def read_path(name: str) -> list[Row | BadRow]:
+    """The rows of a ``.jsonl`` or ``.parquet`` file, or of a folder saved by ``datasets``.
+
+    Raises:
+        DataError: missing, unreadable, or of a kind that is not known.
+    """
+    path = Path(os.path.expanduser(name))
+    if not os.path.exists(path):
+        raise DataError(f"there is no dataset at {name}", _nearest_file(path))
+    if path.is_dir():
+        return _from_datasets_folder(path)
+    if path.suffix == ".parquet":
+        return _from_parquet(path)
+    if path.suffix in (".jsonl", ".json"):
+        return _from_json(path)
+    raise DataError(f"cannot tell what {name} holds", "give a .jsonl or .parquet file, or a folder saved by `datasets`")
+
+
+def _nearest_file(path: Path) -> str:
+    neighbors = [file.name for file in path.parent.glob("*") if file.suffix in (".jsonl", ".json", ".parquet")]
+    return f"its folder: {suggest(path.name, neighbors)}" if neighbors else "check the path (`--dataset FILE`)"
+
+
+def _from_json(path: Path) -> list[Row | BadRow]:
+    """One object per line, or a file that is one array of objects."""
+    try:
+        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as failure:
+        raise DataError(f"cannot read {path}: {failure.strerror}", "check the file's permissions") from None
+    if path.suffix == ".json" and content.lstrip()[:1] == b"[":
+        value = _parse_json(content)
+        if isinstance(value, list):
+            return numbered(value, path.name)
+        raise DataError(f"{path} is no JSON array: {value}", "correct the file, or write one object per line")
+    # Split on newlines only: str.splitlines would also split inside a JSON string at U+2028.
+    lines = enumerate(content.split(b"\n"), start=1)
+    return [_json_row(line, f"{path.name}:{number}") for number, line in lines if line.strip()]
+
+
+def _json_row(line: bytes, origin: str) -> Row | BadRow:
+    value = _parse_json(line)
+    if isinstance(value, _NotJson):
+        return BadRow(origin, str(value))
+    if not isinstance(value, dict):
+        return BadRow(origin, f"a {type(value).__name__}, not an object with columns")
+    return Row(value, origin)
+
+
+class _NotJson(str):
+    """Why a text is not the JSON that a dataset may hold."""
+
+    __slots__ = ()
+
+
+def _parse_json(content: bytes) -> Any:
+    """The value of a JSON text, or why there is none."""
+    try:
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
+        if b"\\u" in content:
+            # An escaped half of a surrogate pair is no character: tokenizers and files refuse it.
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeDecodeError as failure:
+        return _NotJson(f"not UTF-8 ({failure.reason} at byte {failure.start})")
+    except UnicodeEncodeError as failure:
+        return _NotJson(f"not JSON (\\u{ord(failure.object[failure.start]):04x} is half a character)")
+    except json.JSONDecodeError as failure:
+        return _NotJson(f"not JSON ({failure.msg} at {_place(failure)})")
+    except RecursionError:
+        return _NotJson("not JSON (nested too deep)")
+    except ValueError as failure:
+        return _NotJson(f"not JSON ({str(failure).partition(';')[0]})")
+    return value
+
+
+def _place(failure: json.JSONDecodeError) -> str:
+    line = f"line {failure.lineno} " if failure.lineno > 1 else ""
+    return f"{line}column {failure.colno}"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key `{next(name for name in names if names.count(name) > 1)}` stands twice")
+    return values
+
+
+def _from_parquet(path: Path) -> list[Row | BadRow]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (ArrowException, OSError) as failure:
+        raise DataError(f"cannot read {path}: {first_line(failure)}", "give a Parquet file") from None
+    return numbered(rows, path.name)
+
+
+def _from_datasets_folder(path: Path) -> list[Row | BadRow]:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        loaded = load_from_disk(str(path))
+    except (OSError, ValueError) as failure:
+        raise DataError(
+            f"cannot read the dataset folder {path}: {first_line(failure)}",
+            "give a folder written by `Dataset.save_to_disk`, or a .jsonl or .parquet file",
+        ) from None
+    if isinstance(loaded, DatasetDict):
+        loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
+    return numbered(loaded, path.name)
+
+
+def read_hub(name: str, split: str, config: str | None = None) -> list[Row | BadRow]:
+    """The rows of a split of a dataset on the hub.
+
+    Raises:
+        DataError: it cannot be had (no network, no such dataset or split).
+    """
+    from datasets import load_dataset
+
+    try:
+        return numbered(load_dataset(name, config, split=split), f"{name}/{split}")
+    except Exception as failure:  # the boundary: the hub client raises whatever its transports raise
+        raise DataError(
+            f"cannot load the dataset `{name}` (split {split}): {first_line(failure)}",
+            "check the name and the network, or give a local file with `--dataset FILE.jsonl`",
+        ) from None
+
+
+def numbered(rows: Iterable[Mapping[str, Any]] | Sequence[Any], name: str) -> list[Row | BadRow]:
+    """Rows with ``name:number`` as their origin, counted from 1."""
+    return [
+        Row(row, f"{name}:{number}")
+        if isinstance(row, Mapping)
+        else BadRow(f"{name}:{number}", f"a {type(row).__name__}, not columns")
+        for number, row in enumerate(rows, start=1)
+    ]
+
+
+def first_line(failure: BaseException) -> str:
+    """The first line of an exception's text, for one-line messages."""
+    lines = str(failure).strip().splitlines()
+    return lines[0] if lines else type(failure).__name__
