@@ -1,0 +1,83 @@
+"""What plugins compute, checked where it enters the step: broadcasting would make a wrong gradient of a wrong shape.
+
+Shapes only inside a micro-batch, never values, so no device is ever synchronised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from grpoforge.errors import PluginError
+from grpoforge.types import Advantage, KLEstimator, Loss, LossInputs, Scores
+
+PER_TOKEN = "a loss returns per-token values and normalizes nothing"
+PAIR = f"return `(per_token_loss, metrics)`: {PER_TOKEN}"
+
+
+def advantages_of(advantage: Advantage, scores: Scores) -> Tensor:
+    """What ``advantage`` makes of the rewards, ``[P, G]``, finite and without gradient.
+
+    Raises:
+        PluginError: it returned anything else.
+    """
+    advantages = advantage(scores.rewards, scores.weights)
+    source = f"advantage `{_name(advantage)}` returned"
+    _check_shape(source, advantages, scores.rewards.shape[:2], "return one number per completion")
+    if advantages.requires_grad:
+        raise PluginError(f"{source} a tensor with a gradient", "detach it: a loss treats advantages as constants")
+    wrong = (~advantages.isfinite()).nonzero().tolist()
+    if wrong:
+        prompt, completion = wrong[0]
+        value = float(advantages[prompt, completion])
+        raise PluginError(
+            f"{source} {value} for completion {completion} of prompt {prompt}",
+            "return finite numbers, and 0 where no reward scored the row",
+        )
+    return advantages
+
+
+def loss_of(loss: Loss, inputs: LossInputs) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """What ``loss`` makes of a micro-batch: per-token loss and metrics, ``[b, T]`` each.
+
+    Raises:
+        PluginError: it returned anything else.
+    """
+    output: object = loss(inputs)
+    source = f"loss `{_name(loss)}` returned"
+    if not (isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Mapping)):
+        raise PluginError(f"{source} {_describe(output)}", PAIR)
+    per_token_loss, metrics = output
+    shape = inputs.completion_mask.shape
+    _check_shape(f"{source} as per-token loss", per_token_loss, shape, PER_TOKEN)
+    for name, values in metrics.items():
+        _check_shape(f"{source} as metric `{name}`", values, shape, "metrics are per-token values too")
+    return per_token_loss, metrics
+
+
+def kl_of(kl: KLEstimator, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """What ``kl`` makes of the log-probs, ``[b, T]``.
+
+    Raises:
+        PluginError: it returned anything else.
+    """
+    estimate = kl(logprobs, ref_logprobs)
+    hint = "a KL estimator returns per-token values and normalizes nothing"
+    _check_shape(f"KL estimator `{_name(kl)}` returned", estimate, logprobs.shape, hint)
+    return estimate
+
+
+def _check_shape(source: str, value: object, shape: Sequence[int], hint: str) -> None:
+    if not isinstance(value, Tensor) or value.shape != shape:
+        raise PluginError(f"{source} {_describe(value)}, not a tensor of shape {list(shape)}", hint)
+
+
+def _describe(value: object) -> str:
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _name(component: object) -> str:
+    """Of a function, also with options bound, its name; of an object that of its class."""
+    function = getattr(component, "func", component)
+    return str(getattr(function, "__name__", type(function).__name__))
