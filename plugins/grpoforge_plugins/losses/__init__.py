@@ -1,0 +1,1 @@
+"""Per-token policy losses. A loss normalizes nothing: the engine weighs, masks and sums."""

@@ -1,0 +1,1 @@
+"""Samplers: prompts to completions with the log-probs they were sampled at."""
