@@ -1,0 +1,1 @@
+"""What a person sees of a run: the screen, the metrics file, the rollouts files, TensorBoard."""
