@@ -1,0 +1,133 @@
+"""What `train` and `eval` print on stdout: the plan, the summary, an evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from grpoforge.config import Config
+    from grpoforge.measure import Measurement
+    from grpoforge.parts import Parts
+    from grpoforge.types import RunSummary
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(file=sys.stdout, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+def print_plan(config: Config, parts: Parts) -> None:
+    """The resolved configuration as YAML, then the plan of a step as comments, so that the whole is a YAML file."""
+    from grpoforge.sanitize import one_line
+    from grpoforge.yaml_source import dump_yaml
+
+    comments = [f"# {one_line(line, max_chars=1000)}\n" for line in plan_lines(config, parts)]
+    sys.stdout.write(dump_yaml(config.model_dump(mode="json")) + "\n" + "".join(comments))
+
+
+def plan_lines(config: Config, parts: Parts) -> list[str]:
+    """What a step does, in numbers."""
+    from grpoforge.assembly import num_steps
+
+    batch = config.batch
+    rows = batch.prompts_per_step * batch.completions_per_prompt
+    micro = batch.micro_batch_size or config.minibatch_size
+    steps, updates = num_steps(config, len(parts.train_rows)), config.updates_per_step
+    passes = _count(batch.epochs, "pass", "passes")
+    longest = parts.sampler.options.get("max_completion_length", "the sampler's default")
+    reference = f"{config.kl.name} x{config.kl.beta:g}, frozen reference" if config.kl.beta else "none (beta is 0)"
+    return [
+        f"steps         {steps}, {_count(updates, 'optimizer step')} each: {steps * updates}",
+        f"rollouts      {batch.prompts_per_step} prompts x {batch.completions_per_prompt} completions = {rows} rows"
+        f" of at most {longest} tokens",
+        f"update        {passes}, minibatch {config.minibatch_size}, micro-batch {micro}",
+        f"rewards       {', '.join(reward.describe() for reward in parts.rewards)}",
+        f"advantage     {parts.advantage.component.id}; loss {parts.loss.component.id}; reduction {config.reduction}",
+        f"KL            {reference}",
+        f"data          {len(parts.train_rows)} problems to train on, {len(parts.eval_rows)} to evaluate on",
+        "files         run.json metrics.jsonl tensorboard/ rollouts/ checkpoints/",
+    ]
+
+
+def print_summary(summary: RunSummary) -> None:
+    """Before and after on held-out problems, where the run lies, and what to try next."""
+    console = _console()
+    table = _table(f"Held-out problems, {_count(summary.step, 'step')}, {summary.seconds:.0f} s")
+    for name in ("", "before", f"after (step {summary.step})"):
+        table.add_column(name, justify="left" if not name else "right")
+    for label, key, show in SUMMARY_ROWS:
+        if key in summary.metrics_before and key in summary.metrics_after:
+            table.add_row(label, show(summary.metrics_before[key]), show(summary.metrics_after[key]))
+    console.print(table)
+    console.print(f"run  {summary.run_dir}")
+    console.print("next")
+    for command in (
+        f"grpoforge eval {summary.run_dir} --samples 4",
+        f"tensorboard --logdir {summary.run_dir}",
+        "grpoforge plugins list",
+    ):
+        console.print(f"  {command}")
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}%"
+
+
+def _tokens(value: float) -> str:
+    return f"{value:.1f} tokens"
+
+
+SUMMARY_ROWS = (
+    ("accuracy (pass@1, greedy)", "eval_pass@1", _percent),
+    ("mean length", "eval_completions/mean_length", _tokens),
+    ("reward", "eval_reward", "{:.3f}".format),
+)
+
+
+def print_evaluation(measured: Measurement, *, as_json: bool) -> None:
+    """What was measured, and its metrics, as a table or as JSON."""
+    if as_json:
+        sys.stdout.write(json.dumps(dataclasses.asdict(measured), indent=2) + "\n")
+        return
+    from grpoforge.sanitize import one_line
+
+    table = _table(one_line(f"{measured.model} on {measured.dataset}", max_chars=200))
+    table.show_header = False
+    table.add_column(justify="left")
+    table.add_column(justify="right")
+    table.add_row("problems", str(measured.num_problems))
+    table.add_row("right is what gets 1 from", one_line(measured.correctness, max_chars=200))
+    if measured.max_completion_length is not None:
+        table.add_row("longest completion", _count(measured.max_completion_length, "token"))
+    table.add_row("seed", str(measured.seed), end_section=True)
+    for name, value in measured.metrics.items():
+        table.add_row(name, f"{value:.4f}")
+    _console().print(table)
+
+
+def _table(title: str) -> Table:
+    """An empty table; of plain ASCII where the lines of a box may not arrive as such."""
+    from rich import box
+    from rich.table import Table
+
+    return Table(title=title, title_justify="left", box=box.HEAVY_HEAD if _shows_boxes() else box.ASCII)
+
+
+def _shows_boxes() -> bool:
+    encoding = (sys.stdout.encoding or "").lower().replace("-", "")
+    # Python writes UTF-8 in the C locale too, whatever the terminal can show.
+    locale = os.environ.get("LC_ALL") or os.environ.get("LANG", "")
+    return sys.stdout.isatty() and encoding == "utf8" and locale not in ("C", "POSIX")
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    """``1 step``, ``2 steps``."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
