@@ -76,11 +76,6 @@ class Workers:
         """True when ``flag`` is True on any rank."""
         return self.sum(float(flag)) > 0
 
-    def barrier(self) -> None:
-        """Wait for every rank."""
-        if self.size > 1:
-            dist.barrier()
-
     def _sum(self, numbers: list[float]) -> list[float]:
         device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
         tensor = torch.tensor(numbers, dtype=torch.float64, device=device)

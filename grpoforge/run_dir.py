@@ -95,10 +95,6 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
-    def report(self) -> Path:
-        return self.path / "report.html"
-
-    @property
     def lock(self) -> Path:
         return self.path / _LOCK
 

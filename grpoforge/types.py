@@ -14,7 +14,7 @@ the policy at the start of the step, *reference* log-probs to the frozen referen
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -286,7 +286,6 @@ class RunSummary:
     metrics_before: Mapping[str, float]
     metrics_after: Mapping[str, float]
     seconds: float
-    extra: Mapping[str, str] = field(default_factory=dict)
 
 
 class Reward(Protocol):

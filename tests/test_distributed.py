@@ -63,7 +63,6 @@ def take_part(workers: Workers) -> tuple[dict[str, torch.Tensor], dict[str, Any]
             workers.sum_gradients(policy.trainable())
             tensors[f"{name}/gradient"] = build["flat_gradient"](policy)
     metrics["any"] = [workers.any(workers.rank == 1), workers.any(False)]
-    workers.barrier()
     return tensors, metrics
 
 
@@ -132,7 +131,6 @@ def test_one_process_needs_no_peers() -> None:
     counts = Counts(rows=2, tokens=5, max_completion_length=8)
     parameter = torch.nn.Parameter(torch.zeros(2))
     workers.sum_gradients([parameter])
-    workers.barrier()
     assert workers.is_main and workers.share(6) == slice(0, 6)
     assert workers.sum_counts(counts) is counts and parameter.grad is None
     assert workers.any(True) and not workers.any(False)

@@ -155,7 +155,8 @@ def test_the_metrics_page_describes_the_metrics_of_a_run_and_no_others(run: Path
 
 
 def test_the_metrics_page_describes_the_columns_of_the_rollouts_and_no_others(run: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
+    from pyarrow import parquet
+
     columns = parquet.read_schema(run / "rollouts/step-000002.parquet").names
     assert {re.sub("^[^/]+/", "{name}/", column) for column in columns} == described("Rollouts", "Files")
 

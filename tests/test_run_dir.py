@@ -35,7 +35,6 @@ def test_paths() -> None:
     assert str(run.tensorboard) == "runs/x/tensorboard"
     assert str(run.rollouts_file(12)) == "runs/x/rollouts/step-000012.parquet"
     assert str(run.checkpoints) == "runs/x/checkpoints"
-    assert str(run.report) == "runs/x/report.html"
     assert str(run.lock) == "runs/x/.lock"
 
 

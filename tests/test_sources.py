@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -122,7 +121,8 @@ def test_a_damaged_parquet_file(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_folder_saved_by_datasets(tmp_path: Path) -> None:
-    datasets: Any = pytest.importorskip("datasets")
+    import datasets
+
     datasets.disable_progress_bars()
     datasets.Dataset.from_list([{"a": 1}, {"a": 2}]).save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": datasets.Dataset.from_list([{"a": 3}])}).save_to_disk(tmp_path / "split")

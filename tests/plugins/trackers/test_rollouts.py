@@ -6,13 +6,12 @@ import sys
 from collections.abc import Callable
 
 import pytest
+from pyarrow import parquet
 
 from grpoforge.errors import GrpoforgeError
 from grpoforge.tracking import RunInfo
 from grpoforge.types import StepReport
 from grpoforge_plugins.trackers.rollouts import RolloutsFile
-
-parquet = pytest.importorskip("pyarrow.parquet")
 
 MakeReport = Callable[..., StepReport]
 

@@ -9,13 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing import event_accumulator as accumulator
 
 from grpoforge.errors import GrpoforgeError
 from grpoforge.tracking import RunInfo
 from grpoforge.types import StepReport
 from grpoforge_plugins.trackers.tensorboard import TensorBoard, fenced
-
-accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
 MakeReport = Callable[..., StepReport]
 
@@ -87,7 +86,8 @@ def test_zero_means_no_samples(run: RunInfo, make_report: MakeReport) -> None:
 
 @pytest.mark.parametrize("text", ["```\n![x](http://evil)\n```", "`" * 50, "~~~\n<script>", "a\n````\n# b"])
 def test_text_cannot_leave_its_block(text: str) -> None:
-    markdown = pytest.importorskip("markdown")
+    import markdown
+
     html = markdown.markdown(fenced(text), extensions=["tables", "fenced_code"])
     assert html.count("<code") == html.count("</code>") == 1
     assert html.startswith("<pre><code")
