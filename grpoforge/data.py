@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import torch
 
-from grpoforge.errors import DataError, suggest
+from grpoforge.errors import DataError, first_line, suggest
 from grpoforge.seeds import mix
-from grpoforge.sources import BadRow, Row, first_line
+from grpoforge.sources import BadRow, Row
 from grpoforge.types import Prompt
 
 logger = logging.getLogger(__name__)

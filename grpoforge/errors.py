@@ -19,6 +19,7 @@ __all__ = [
     "PluginError",
     "RewardError",
     "RunFailed",
+    "first_line",
     "suggest",
 ]
 
@@ -80,3 +81,9 @@ def suggest(name: str, known: Iterable[str]) -> str:
     if nearest:
         return f"did you mean `{nearest[0]}`?"
     return f"known: {', '.join(candidates)}" if candidates else "none is known"
+
+
+def first_line(failure: BaseException) -> str:
+    """The first line of an exception's text, for one-line messages."""
+    lines = str(failure).strip().splitlines()
+    return lines[0] if lines else type(failure).__name__

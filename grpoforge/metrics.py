@@ -56,6 +56,7 @@ def rollout_totals(rollouts: Rollouts, scores: Scores) -> Totals:
     finished = [completion.finish_reason == "stop" for completion in completions]
     lengths = [float(len(completion.token_ids)) for completion in completions]
     total = scores.total()
+    spreads = group_std(total)
     return {
         "completions/mean_length": _mean(lengths),
         "completions/mean_terminated_length": _mean(
@@ -63,8 +64,8 @@ def rollout_totals(rollouts: Rollouts, scores: Scores) -> Totals:
         ),
         "completions/clipped_ratio": _mean(float(not stop) for stop in finished),
         "reward": _mean(total[~total.isnan()].tolist()),
-        "reward_std": _mean(group_std(total)),
-        "frac_reward_zero_std": _mean(float(std < 1e-8) for std in group_std(total)),
+        "reward_std": _mean(spreads),
+        "frac_reward_zero_std": _mean(float(std < 1e-8) for std in spreads),
         **reward_totals(scores),
     }
 

@@ -13,12 +13,12 @@ from typing import Any
 
 from grpoforge.config import Config, DataConfig, Origins, Part, RewardPart
 from grpoforge.data import columns_of, hold_out, rename_columns, usable
-from grpoforge.errors import ConfigError, DataError, GrpoforgeError, PluginError, suggest
+from grpoforge.errors import ConfigError, DataError, GrpoforgeError, PluginError, first_line, suggest
 from grpoforge.plugins import PluginHost
 from grpoforge.registry import Component, Kind
 from grpoforge.scoring import BUILTIN_DATA, BoundReward
 from grpoforge.signature import show_path
-from grpoforge.sources import BadRow, Row, first_line, is_path, numbered, read_hub, read_path
+from grpoforge.sources import BadRow, Row, is_path, numbered, read_hub, read_path
 
 logger = logging.getLogger(__name__)
 

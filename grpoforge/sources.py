@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpoforge.errors import DataError, suggest
+from grpoforge.errors import DataError, first_line, suggest
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,9 +178,3 @@ def numbered(rows: Iterable[Mapping[str, Any]] | Sequence[Any], name: str) -> li
         else BadRow(f"{name}:{number}", f"a {type(row).__name__}, not columns")
         for number, row in enumerate(rows, start=1)
     ]
-
-
-def first_line(failure: BaseException) -> str:
-    """The first line of an exception's text, for one-line messages."""
-    lines = str(failure).strip().splitlines()
-    return lines[0] if lines else type(failure).__name__

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from grpoforge.distributed import local_device
-from grpoforge.errors import ModelError
+from grpoforge.errors import ModelError, first_line
 from grpoforge.policy import Policy, Precision
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def load_tokenizer(source: str, revision: str | None) -> tuple[Any, list[str]]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as failure:  # the boundary: what a damaged file raises, nobody documents
-        raise ModelError(f"cannot load the tokenizer of {source}: {_first_line(failure)}", _remedy(source)) from None
+        raise ModelError(f"cannot load the tokenizer of {source}: {first_line(failure)}", _remedy(source)) from None
     notes = []
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {source} has no EOS token", "set `eos_token` in its tokenizer_config.json")
@@ -113,7 +113,7 @@ def _load_model(model: ModelConfig, precision: Precision) -> Any:
             output_loading_info=True,
         )
     except Exception as failure:  # the boundary: what a damaged file raises, nobody documents
-        raise ModelError(f"cannot load the model {model.name}: {_first_line(failure)}", _remedy(source)) from None
+        raise ModelError(f"cannot load the model {model.name}: {first_line(failure)}", _remedy(source)) from None
     _check_loaded(loading, model.name)
     return network
 
@@ -196,8 +196,3 @@ def _quiet() -> None:
     transformers_logging.set_verbosity_error()
     # Five lines for each retry without a network; the error that follows says it once.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-
-
-def _first_line(failure: BaseException) -> str:
-    lines = str(failure).strip().splitlines()
-    return lines[0] if lines else type(failure).__name__
