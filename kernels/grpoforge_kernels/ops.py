@@ -1,7 +1,20 @@
-"""The vocabulary: what the engine may call. Shapes and equations stand in `grpoforge_kernels.reference`."""
+"""The vocabulary: what the engine may call. Each operation has a module of its name, which states its equation."""
 
 from __future__ import annotations
 
-from grpoforge_kernels.reference import selective_log_softmax
+from grpoforge_kernels.grpo_loss import ClipOptions, GrpoLoss, KLForm, grpo_loss, grpo_loss_from_logits
+from grpoforge_kernels.linear_logprobs import linear_logprobs
+from grpoforge_kernels.linear_loss import linear_loss
+from grpoforge_kernels.selective_log_softmax import TokenStats, selective_log_softmax
 
-__all__ = ["selective_log_softmax"]
+__all__ = [
+    "ClipOptions",
+    "GrpoLoss",
+    "KLForm",
+    "TokenStats",
+    "grpo_loss",
+    "grpo_loss_from_logits",
+    "linear_logprobs",
+    "linear_loss",
+    "selective_log_softmax",
+]

@@ -1,0 +1,64 @@
+// What the C++ kernels share, whatever they are compiled for. No torch, no libm in a loop.
+//
+// -ffast-math must not be used: it cancels (t + MAGIC) - MAGIC, the rounding to integers of floats.h and grpo_loss.cpp.
+// What slips through is refused by the check at load time.
+#pragma once
+
+#ifdef __FAST_MATH__
+#error "-ffast-math changes what these kernels compute"
+#endif
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
+
+// Loops over elements (`omp simd`) are compiled for three generations of x86-64, and chosen when the library is loaded.
+// A loop that adds is better written with floats.h: in the copies GCC 12 adds one element after the other.
+#if defined(__x86_64__) && !defined(GRPOFORGE_NO_CLONES)
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+
+namespace grpoforge {
+
+enum Format : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+constexpr int64_t BLOCK = 512;  // floats that are held in L1 at a time
+constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
+
+INLINE int64_t size_of(int64_t format) { return format == FLOAT32 ? 4 : 2; }
+
+INLINE float float_of(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE uint32_t bits_of(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+
+struct Stats {
+    float maximum, total, weighted, chosen;
+};
+
+// z = softcap tanh(scale x / softcap), or scale x when softcap is 0.
+struct Scores {
+    int64_t format;
+    float softcap, scale;
+};
+
+// The gradient by a logit is (e (a + c d) + 1[v = y] spike) (1 - (z / softcap)^2), with d = (z - maximum) k and e = 2^d.
+struct Gradient {
+    float maximum, k, a, c, spike;
+};
+
+}  // namespace grpoforge

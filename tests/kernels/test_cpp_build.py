@@ -1,0 +1,231 @@
+"""The C++ library in environments that are not made for it: each is one warning, then the reference, same results."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from grpoforge_kernels import dispatch
+from grpoforge_kernels.cpp import build, loader
+from grpoforge_kernels.errors import KernelError
+
+SCRIPT = """
+import logging
+logging.basicConfig(format="%(message)s", level=logging.WARNING)
+import torch
+from grpoforge_kernels import dispatch
+from grpoforge_kernels.ops import selective_log_softmax
+torch.manual_seed(0)
+logits = torch.randn(5, 300, requires_grad=True)
+for _ in range(2):
+    result = selective_log_softmax(logits, torch.arange(5), 0.7)
+    (gradient,) = torch.autograd.grad(result.logprobs.sum() + result.entropy.sum(), logits)
+print(dispatch.backend_name("selective_log_softmax", logits.device, logits.dtype))
+print(*(f"{float(values.sum()):.4f}" for values in (*result, gradient.abs())))
+"""
+EXPECTED = "-36.8266 21.9471 34.7561 18.3745"
+OP = "selective_log_softmax"
+needs_compiler = pytest.mark.needs_compiler
+
+
+def run(**environment: str) -> tuple[str, str, list[str]]:
+    """The backend, the figures and the warnings of the script in a process of its own."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("GRPOFORGE_KERNELS", "CXX")}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT],
+        env={**inherited, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    backend, figures = done.stdout.splitlines()
+    return backend, figures, done.stderr.splitlines()
+
+
+@pytest.fixture
+def anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+    """A function that sets the environment, lets the library be found anew, and says which backend is chosen."""
+    monkeypatch.delenv("GRPOFORGE_KERNELS", raising=False)
+    for name in [name for name in sys.modules if name.startswith("grpoforge_kernels.cpp.")]:
+        if name.removeprefix("grpoforge_kernels.cpp.") not in ("build", "loader"):
+            monkeypatch.delitem(sys.modules, name)
+
+    def choose(**environment: str) -> str:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        loader.forget()
+        dispatch.forget()
+        return dispatch.backend_name(OP, torch.device("cpu"), torch.float32)
+
+    yield choose
+    loader.forget()
+    dispatch.forget()
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+@needs_compiler
+def test_it_builds_once_and_quietly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, figures, warnings = run(GRPOFORGE_CACHE=str(tmp_path))
+    assert (backend, figures, warnings) == ("cpp", EXPECTED, [])
+    monkeypatch.setenv("GRPOFORGE_CACHE", str(tmp_path))
+    built = build.library()
+    before = built.stat().st_mtime_ns
+    assert build.library() == built and built.stat().st_mtime_ns == before
+    assert sorted(path.name for path in built.parent.iterdir()) == [build.LIBRARY, "lock"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "warning"),
+    [
+        ({"CXX": "no-such-compiler"}, "CXX=no-such-compiler is not a program"),
+        ({"CXX": 'g++ "'}, 'CXX=g++ " is not a program'),
+        ({"CXX": " "}, "CXX=  is not a program"),
+        ({"CXX": "{broken}"}, "fails: something is wrong (set CXX to one that works)"),
+        ({"CXX": "{liar}"}, "the C++ kernels cannot be loaded"),
+        pytest.param({"CXX": "{fast}"}, "-ffast-math changes what these kernels compute", marks=needs_compiler),
+        pytest.param({"GRPOFORGE_CACHE": "{file}/cache"}, "the C++ kernels cannot be kept in", marks=needs_compiler),
+    ],
+    ids=[
+        "no CXX",
+        "no command",
+        "no word",
+        "broken compiler",
+        "not a library",
+        "fast math",
+        "no cache",
+    ],
+)
+def test_what_goes_wrong_is_one_warning_and_the_reference(
+    environment: dict[str, str],
+    warning: str,
+    tmp_path: Path,
+    anew: Callable[..., str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    places = {
+        "broken": script(tmp_path / "broken", 'test "$1" = --version || { echo something is wrong >&2; exit 1; }'),
+        # What a library for another machine, or one in a folder without the right to run programs, does: not load.
+        "liar": script(tmp_path / "liar", 'while [ $# -gt 1 ]; do shift; done; echo text > "$1" 2>/dev/null; exit 0'),
+        "fast": "c++ -ffast-math",
+        "file": str(file),
+    }
+    filled = {name: value.format_map(places) for name, value in environment.items()}
+    assert anew(**{"GRPOFORGE_CACHE": str(tmp_path / "cache"), **filled}) == "reference"
+    assert dispatch.backend_name(OP, torch.device("cpu"), torch.bfloat16) == "reference"
+    assert len(caplog.messages) == 1 and warning in caplog.messages[0], caplog.messages
+    assert caplog.messages[0].endswith("; the slower PyTorch kernels, which compute the same, are used")
+
+
+@needs_compiler
+def test_hidden_fast_math_is_found_out(tmp_path: Path) -> None:
+    # In a process of its own: a library linked with -ffast-math makes its whole process flush small numbers to 0.
+    backend, _, warnings = run(
+        GRPOFORGE_CACHE=str(tmp_path), CXX="c++ -ffast-math -U__FAST_MATH__ -DGRPOFORGE_NO_CLONES"
+    )
+    assert backend == "reference"
+    assert len(warnings) == 1 and "the C++ kernels do not compute what they should" in warnings[0]
+
+
+def test_without_a_compiler_the_results_are_the_same(tmp_path: Path) -> None:
+    backend, figures, warnings = run(PATH="/nowhere", GRPOFORGE_CACHE=str(tmp_path))
+    assert (backend, figures) == ("reference", EXPECTED)
+    assert warnings == [
+        "the C++ kernels need a compiler: no c++, g++ or clang++ on the path (install g++, or set CXX); "
+        "the slower PyTorch kernels, which compute the same, are used"
+    ]
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rights do not stop the superuser, so the refusal is made up."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(30, "Read-only file system")
+
+    monkeypatch.setenv("GRPOFORGE_CACHE", str(tmp_path))
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(KernelError, match=r"cannot be kept in .*kernels/\w+: Read-only file system") as caught:
+        build.library()
+    assert caught.value.hint == "set GRPOFORGE_CACHE to a folder that can be written"
+
+
+@needs_compiler
+def test_two_that_build_at_once_get_one_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRPOFORGE_CACHE", str(tmp_path))
+    built = []
+
+    def fake(compiler: tuple[str, ...], path: Path) -> None:
+        built.append(path)
+        path.write_text("library")
+
+    monkeypatch.setattr(build, "_build", fake)
+    threads = [threading.Thread(target=build.library) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(built) == 1
+
+
+@needs_compiler
+def test_a_compiler_without_openmp_gets_one_thread(
+    tmp_path: Path, anew: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler = script(tmp_path / "plain", 'case "$*" in *-fopenmp\\ *) exit 1;; esac; exec c++ "$@"')
+    assert anew(CXX=compiler, GRPOFORGE_CACHE=str(tmp_path / "cache")) == "cpp"
+    assert not caplog.messages
+
+
+@needs_compiler
+def test_what_the_library_depends_on_is_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = build.find_compiler()
+    key = build._key(compiler)
+    assert build._key(compiler) == key and len(key) == 32
+    assert build._key((*compiler, "-g")) != key
+    monkeypatch.setattr(build, "_cpu_flags", lambda: "flags: sse2")
+    assert build._key(compiler) != key
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GRPOFORGE_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert build.cache_folder() == Path("/x/grpoforge/kernels")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/h")
+    assert build.cache_folder() == Path("/h/.cache/grpoforge/kernels")
+    monkeypatch.setenv("GRPOFORGE_CACHE", "/c")
+    assert build.cache_folder() == Path("/c/kernels")
+
+
+@needs_compiler
+def test_a_user_without_a_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in a container that runs under a number nobody gave a name to."""
+
+    def nowhere(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("GRPOFORGE_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", nowhere)
+    with pytest.raises(KernelError, match=r"the C\+\+ kernels cannot be kept: this user has no home folder") as caught:
+        build.library()
+    assert caught.value.hint == "set GRPOFORGE_CACHE to a folder that can be written"
+
+
+def test_a_compiler_is_asked_away_from_the_sources(tmp_path: Path) -> None:
+    """What it leaves where it runs must not lie among them."""
+    build._key((script(tmp_path / "compiler", f"pwd > {tmp_path}/place"),))
+    assert (tmp_path / "place").read_text().strip() != str(build.SOURCES)
