@@ -9,22 +9,26 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from grpoforge.binding import Bound
 from grpoforge.errors import PluginError
-from grpoforge.types import Advantage, KLEstimator, Loss, LossInputs, Scores
+from grpoforge.types import Loss, LossInputs
 
 PER_TOKEN = "a loss returns per-token values and normalizes nothing"
 PAIR = f"return `(per_token_loss, metrics)`: {PER_TOKEN}"
 
 
-def advantages_of(advantage: Advantage, scores: Scores) -> Tensor:
+def advantages_of(advantage: Bound, data: Mapping[str, Tensor]) -> Tensor:
     """What ``advantage`` makes of the rewards, ``[P, G]``, finite and without gradient.
+
+    Args:
+        data: by the names of `grpoforge.binding.ADVANTAGE_DATA`.
 
     Raises:
         PluginError: it returned anything else.
     """
-    advantages = advantage(scores.rewards, scores.weights)
-    source = f"advantage `{_name(advantage)}` returned"
-    _check_shape(source, advantages, scores.rewards.shape[:2], "return one number per completion")
+    advantages: Tensor = advantage(data)
+    source = f"advantage `{_name(advantage.function)}` returned"
+    _check_shape(source, advantages, data["rewards"].shape[:2], "return one number per completion")
     if advantages.requires_grad:
         raise PluginError(f"{source} a tensor with a gradient", "detach it: a loss treats advantages as constants")
     wrong = (~advantages.isfinite()).nonzero().tolist()
@@ -56,16 +60,31 @@ def loss_of(loss: Loss, inputs: LossInputs) -> tuple[Tensor, Mapping[str, Tensor
     return per_token_loss, metrics
 
 
-def kl_of(kl: KLEstimator, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """What ``kl`` makes of the log-probs, ``[b, T]``.
+def kl_of(kl: Bound, data: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
+    """What ``kl`` makes of the log-probs, a tensor of ``shape``.
 
     Raises:
         PluginError: it returned anything else.
     """
-    estimate = kl(logprobs, ref_logprobs)
+    estimate: Tensor = kl(data)
     hint = "a KL estimator returns per-token values and normalizes nothing"
-    _check_shape(f"KL estimator `{_name(kl)}` returned", estimate, logprobs.shape, hint)
+    _check_shape(f"KL estimator `{_name(kl.function)}` returned", estimate, shape, hint)
     return estimate
+
+
+def correction_of(correction: Bound, data: Mapping[str, Tensor]) -> Tensor:
+    """What ``correction`` makes of the log-probs: a weight per token, ``[b, T]`` without gradient.
+
+    Raises:
+        PluginError: it returned anything else.
+    """
+    weights: Tensor = correction(data)
+    source = f"correction `{_name(correction.function)}` returned"
+    hint = "a correction returns one weight per token"
+    _check_shape(source, weights, data["completion_mask"].shape, hint)
+    if weights.requires_grad:
+        raise PluginError(f"{source} a tensor with a gradient", "detach it: its weights are constants")
+    return weights
 
 
 def _check_shape(source: str, value: object, shape: Sequence[int], hint: str) -> None:

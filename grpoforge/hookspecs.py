@@ -80,15 +80,22 @@ def register_samplers(register: Register) -> None:
 
 @hookspec
 def register_advantages(register: Register) -> None:
-    """Add advantages: ``(rewards [P, G, K], weights [K], *, <options>) -> advantages [P, G]``.
+    """Add advantages: ``(<data>, *, <options>) -> advantages [P, G]``.
 
-    Float64 in and out. NaN in ``rewards`` means *not scored*; a row that no reward scored gets advantage 0.
+    Data is bound by name: ``rewards [P, G, K]``, ``weights [K]``, ``lengths [P, G]`` (completion tokens),
+    ``temperatures [P, G]``, float64 each, of every process's rows. NaN in ``rewards`` means *not scored*; a
+    row that no reward scored gets advantage 0. Float64 out.
     """
 
 
 @hookspec
 def register_kl_estimators(register: Register) -> None:
-    """Add KL estimators: ``(logprobs [b, T], ref_logprobs [b, T], *, <options>) -> estimates [b, T]``."""
+    """Add KL estimators: ``(<data>, *, <options>) -> estimates [b, T]``.
+
+    Data is bound by name: ``logprobs``, ``ref_logprobs``, ``old_logprobs``, ``sampling_logprobs``,
+    ``completion_mask``, ``[b, T]`` each; or ``distribution`` and ``ref_distribution``, ``[n, V]`` log-probs of
+    the whole vocabulary at the ``n`` real tokens, for estimates ``[n]``.
+    """
 
 
 @hookspec
@@ -96,7 +103,17 @@ def register_losses(register: Register) -> None:
     """Add losses: ``(inputs, *, <options>) -> (per_token_loss [b, T], metrics of [b, T])``.
 
     ``inputs`` is a ``grpoforge.types.LossInputs``. A loss normalizes nothing: the engine divides by a
-    denominator counted once per optimizer step over all ranks.
+    denominator counted once per optimizer step over all ranks. A loss that looks beyond a token's own row
+    declares it by an attribute ``coupling = "batch"`` (see ``grpoforge.types.Coupling``).
+    """
+
+
+@hookspec
+def register_corrections(register: Register) -> None:
+    """Add off-policy corrections: ``(<data>, *, <options>) -> weights [b, T]`` without gradient.
+
+    The weights multiply the policy loss of each token; denominators stay. Data is bound by name: ``logprobs``,
+    ``old_logprobs``, ``sampling_logprobs``, ``advantages``, ``completion_mask``, ``[b, T]`` each.
     """
 
 

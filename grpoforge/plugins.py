@@ -39,6 +39,7 @@ REGISTER_HOOKS: Mapping[str, Kind] = {
     "register_advantages": "advantage",
     "register_kl_estimators": "kl",
     "register_losses": "loss",
+    "register_corrections": "correction",
     "register_trackers": "tracker",
     "register_datasets": "dataset",
 }

@@ -36,10 +36,10 @@ __all__ = [
     "make_component",
 ]
 
-Kind = Literal["reward", "sampler", "advantage", "kl", "loss", "tracker", "dataset"]
+Kind = Literal["reward", "sampler", "advantage", "kl", "loss", "correction", "tracker", "dataset"]
 KINDS: tuple[Kind, ...] = typing.get_args(Kind)
 
-CALLED_KINDS: tuple[Kind, ...] = ("reward", "advantage", "kl", "loss", "dataset")
+CALLED_KINDS: tuple[Kind, ...] = ("reward", "advantage", "kl", "loss", "correction", "dataset")
 """Kinds that get their data with every call; a class of another kind gets its data when it is built."""
 
 METHODS: Mapping[Kind, tuple[str, ...]] = {

@@ -23,6 +23,9 @@ from torch import Tensor
 FinishReason = Literal["stop", "length"]
 """``stop``: the completion ended by itself (EOS or a stop string). ``length``: it was cut at the token limit."""
 
+Coupling = Literal["token", "sequence", "batch"]
+"""What a token's loss may depend on besides itself: nothing, its own row, or every row of the optimizer step."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
@@ -167,8 +170,6 @@ class Batch:
     """``[B, T]`` bool, True on tokens that were sampled (the final EOS included)."""
     sampling_logprobs: Tensor
     """``[B, T]`` float32, 0 where masked."""
-    advantages: Tensor
-    """``[B]`` float64; 0 for unscored rows."""
     temperatures: Tensor
     """``[B]`` float64, positive."""
 
@@ -176,7 +177,7 @@ class Batch:
         rows, tokens = self.completion_ids.shape
         assert self.prompt_ids.shape == self.prompt_mask.shape and self.prompt_ids.shape[0] == rows
         assert self.completion_mask.shape == (rows, tokens) == self.sampling_logprobs.shape
-        assert self.advantages.shape == (rows,) == self.temperatures.shape
+        assert self.temperatures.shape == (rows,)
         assert self.prompt_mask.dtype == self.completion_mask.dtype == torch.bool
 
     @property
@@ -191,7 +192,6 @@ class Batch:
             completion_ids=self.completion_ids[index],
             completion_mask=self.completion_mask[index],
             sampling_logprobs=self.sampling_logprobs[index],
-            advantages=self.advantages[index],
             temperatures=self.temperatures[index],
         )
 
@@ -203,7 +203,6 @@ class Batch:
             completion_ids=self.completion_ids.to(device),
             completion_mask=self.completion_mask.to(device),
             sampling_logprobs=self.sampling_logprobs.to(device),
-            advantages=self.advantages.to(device),
             temperatures=self.temperatures.to(device),
         )
 
@@ -215,7 +214,7 @@ class TokenLogprobs:
     logprobs: Tensor
     """``[b, T]`` float32: log-prob of each completion token at its row's temperature; 0 where masked."""
     entropy: Tensor
-    """``[b, T]`` float32, no gradient: entropy in nats of the distribution each token came from; 0 where masked."""
+    """``[b, T]`` float32: entropy in nats of the distribution each token came from; 0 where masked."""
 
     def __post_init__(self) -> None:
         assert self.logprobs.shape == self.entropy.shape and self.logprobs.ndim == 2
@@ -235,11 +234,15 @@ class LossInputs:
     """``[b, T]``: the row's advantage on every token."""
     completion_mask: Tensor
     """``[b, T]`` bool."""
+    entropy: Tensor
+    """``[b, T]``, no gradient: entropy in nats of the current policy at each token."""
+    seed: int = 0
+    """Fixes whatever is random in a loss; another number at every optimizer step."""
 
     def __post_init__(self) -> None:
         shape = self.logprobs.shape
         assert len(shape) == 2, "log-probs are [b, T]"
-        assert self.old_logprobs.shape == self.sampling_logprobs.shape == shape
+        assert self.old_logprobs.shape == self.sampling_logprobs.shape == self.entropy.shape == shape
         assert self.advantages.shape == self.completion_mask.shape == shape
 
     @property
@@ -255,6 +258,19 @@ class LossInputs:
     def ratio(self) -> Tensor:
         """Importance ratio ``pi / pi_old`` per token, ``[b, T]``; 1 where masked."""
         return self.log_ratio.exp()
+
+    @property
+    def lengths(self) -> Tensor:
+        """Completion tokens of each row, ``[b, 1]`` in the dtype of ``logprobs``; 1 for a row without any."""
+        return self.completion_mask.sum(dim=1, keepdim=True).clamp(min=1).to(self.logprobs.dtype)
+
+    def sequence_sum(self, values: Tensor) -> Tensor:
+        """Sum of ``values [b, T]`` over each row's completion tokens, ``[b, 1]``."""
+        return torch.where(self.completion_mask, values, torch.zeros_like(values)).sum(dim=1, keepdim=True)
+
+    def sequence_mean(self, values: Tensor) -> Tensor:
+        """Mean of ``values [b, T]`` over each row's completion tokens, ``[b, 1]``; 0 for a row without any."""
+        return self.sequence_sum(values) / self.lengths
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,15 +311,33 @@ class Reward(Protocol):
 
 
 class Advantage(Protocol):
-    """``(rewards [P, G, K], weights [K], *, <options>) -> advantages [P, G]``; float64 in and out, unscored rows 0."""
+    """``(<data by name>, *, <options>) -> advantages [P, G]``; float64 in and out, unscored rows 0.
 
-    def __call__(self, rewards: Tensor, weights: Tensor) -> Tensor: ...
+    Data: ``rewards [P, G, K]`` and ``weights [K]``, ``lengths [P, G]`` in tokens, ``temperatures [P, G]``.
+    """
+
+    def __call__(self, *data: Tensor, **options: Any) -> Tensor: ...
 
 
 class KLEstimator(Protocol):
-    """``(logprobs [b, T], ref_logprobs [b, T], *, <options>) -> [b, T]``, an estimate of KL(policy || reference)."""
+    """``(<data by name>, *, <options>) -> [b, T]``, an estimate of KL(policy || reference) at each token.
 
-    def __call__(self, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor: ...
+    Data, ``[b, T]`` each: ``logprobs``, ``ref_logprobs``, ``old_logprobs``, ``sampling_logprobs``,
+    ``completion_mask``. Or ``distribution [n, V]`` and ``ref_distribution [n, V]``, the log-probs of every token of
+    the vocabulary at the ``n`` real tokens; the estimate is then ``[n]``.
+    """
+
+    def __call__(self, *data: Tensor, **options: Any) -> Tensor: ...
+
+
+class Correction(Protocol):
+    """``(<data by name>, *, <options>) -> weights [b, T]`` that multiply the policy loss of each token.
+
+    Data, ``[b, T]`` each and without gradient: ``logprobs``, ``old_logprobs``, ``sampling_logprobs``, ``advantages``,
+    ``completion_mask``.
+    """
+
+    def __call__(self, *data: Tensor, **options: Any) -> Tensor: ...
 
 
 class Loss(Protocol):

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpoforge.contracts import advantages_of, kl_of, loss_of
+from grpoforge.binding import bind
+from grpoforge.contracts import advantages_of, correction_of, kl_of, loss_of
 from grpoforge.errors import PluginError
-from grpoforge.types import LossInputs, Scores
+from grpoforge.types import LossInputs
 from grpoforge_plugins.advantages.group import group
 from grpoforge_plugins.kl.schulman import k1, k2, k3
 from grpoforge_plugins.losses.clip import Clip
@@ -24,14 +25,13 @@ INPUTS = LossInputs(
     sampling_logprobs=ROWS,
     advantages=ROWS + 1,
     completion_mask=torch.ones(2, 3, dtype=torch.bool),
+    entropy=ROWS,
 )
-SCORES = Scores(
-    names=("r",),
-    rewards=torch.tensor([[[1.0], [0.0]], [[NAN], [0.0]]], dtype=torch.float64),
-    raw=torch.zeros(2, 2, 1, dtype=torch.float64),
-    weights=torch.ones(1, dtype=torch.float64),
-    seconds=(0.0,),
-)
+REWARDS = {
+    "rewards": torch.tensor([[[1.0], [0.0]], [[NAN], [0.0]]], dtype=torch.float64),
+    "weights": torch.ones(1, dtype=torch.float64),
+}
+LOGPROBS = {"logprobs": ROWS - 1, "ref_logprobs": ROWS, "completion_mask": INPUTS.completion_mask}
 
 
 def refusal(call: Any, *data: Any) -> tuple[str, str]:
@@ -41,9 +41,9 @@ def refusal(call: Any, *data: Any) -> tuple[str, str]:
 
 
 def test_what_keeps_the_contract_passes_unchanged() -> None:
-    assert advantages_of(group, SCORES).equal(group(SCORES.rewards, SCORES.weights))
+    assert advantages_of(bind("advantage", group), REWARDS).equal(group(**REWARDS))
     for kl in (k1, k2, k3):
-        assert kl_of(kl, ROWS - 1, ROWS).equal(kl(ROWS - 1, ROWS))
+        assert kl_of(bind("kl", kl), LOGPROBS, (2, 3)).equal(kl(ROWS - 1, ROWS))
     per_token_loss, metrics = loss_of(Clip(), INPUTS)
     assert per_token_loss.tolist() == [[-1.0] * 3] * 2
     assert "clip_ratio/region_mean" in metrics
@@ -86,7 +86,7 @@ def test_a_kl_estimate_of_another_shape() -> None:
     def mean(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
         return (logprobs - ref_logprobs).mean(dim=1)
 
-    assert refusal(kl_of, mean, ROWS, ROWS) == (
+    assert refusal(kl_of, bind("kl", mean), LOGPROBS, (2, 3)) == (
         f"KL estimator `mean` returned a tensor of shape [2], {NOT_ROWS}",
         "a KL estimator returns per-token values and normalizes nothing",
     )
@@ -113,4 +113,46 @@ def test_advantages_that_cannot_be_applied(output: Any, message: str, hint: str)
     def whiten(rewards: Tensor, weights: Tensor) -> Any:
         return output
 
-    assert refusal(advantages_of, whiten, SCORES) == (f"advantage `whiten` returned {message}", hint)
+    assert refusal(advantages_of, bind("advantage", whiten), REWARDS) == (
+        f"advantage `whiten` returned {message}",
+        hint,
+    )
+
+
+@pytest.mark.parametrize(
+    ("output", "message", "hint"),
+    [
+        (ROWS.mean(dim=1), f"a tensor of shape [2], {NOT_ROWS}", "a correction returns one weight per token"),
+        (ROWS.clone().requires_grad_(), "a tensor with a gradient", "detach it: its weights are constants"),
+    ],
+)
+def test_corrections_that_cannot_be_applied(output: Any, message: str, hint: str) -> None:
+    def weigh(logprobs: Tensor) -> Any:
+        return output
+
+    assert refusal(correction_of, bind("correction", weigh), LOGPROBS) == (
+        f"correction `weigh` returned {message}",
+        hint,
+    )
+
+
+def test_data_is_bound_by_name() -> None:
+    def difference(ref_logprobs: Tensor, logprobs: Tensor, more: int = 3, *, option: int = 2) -> Tensor:
+        return logprobs - 2 * ref_logprobs
+
+    bound = bind("kl", functools.partial(difference, option=5))
+    assert bound.data == ("ref_logprobs", "logprobs")
+    assert bound({"logprobs": 5, "ref_logprobs": 1, "old_logprobs": 9}) == 3
+    assert not bound.needs_distributions
+    assert bind("kl", lambda distribution, ref_distribution: distribution).needs_distributions
+
+
+def test_data_that_does_not_exist() -> None:
+    def centered(reward: Tensor, weights: Tensor) -> Tensor:
+        return reward
+
+    assert refusal(bind, "advantage", centered) == (
+        "advantage `centered` asks for `reward`, which it cannot be given; it may ask for: rewards, weights, lengths, "
+        "temperatures",
+        "did you mean `rewards`?; an option is a keyword-only parameter",
+    )

@@ -81,7 +81,7 @@ def refusal(function: Callable[..., Any], *arguments: Any, **options: Any) -> tu
 
 
 def test_the_kinds_are_a_closed_set() -> None:
-    assert KINDS == ("reward", "sampler", "advantage", "kl", "loss", "tracker", "dataset")
+    assert KINDS == ("reward", "sampler", "advantage", "kl", "loss", "correction", "tracker", "dataset")
 
 
 def test_a_function_says_what_it_needs() -> None:

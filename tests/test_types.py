@@ -92,6 +92,7 @@ def loss_inputs(logprobs: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -
         sampling_logprobs=old,
         advantages=torch.ones_like(logprobs),
         completion_mask=mask,
+        entropy=torch.zeros_like(old),
     )
 
 
