@@ -1,4 +1,4 @@
-"""Rollouts and advantages to rectangles: the only place that pads."""
+"""Rollouts to rectangles: the only place that pads."""
 
 from __future__ import annotations
 
@@ -14,25 +14,32 @@ PaddingSide = Literal["left", "right"]
 
 
 def collate(
-    rollouts: Rollouts, advantages: Tensor, *, pad_token_id: int, padding_side: PaddingSide = "left", extra: int = 0
+    rollouts: Rollouts,
+    *,
+    pad_token_id: int,
+    padding_side: PaddingSide = "left",
+    extra: int = 0,
+    mask_truncated: bool = False,
 ) -> Batch:
     """One row per completion, prompt-major, on the CPU.
 
     Args:
         rollouts: ``P`` groups of ``G`` completions.
-        advantages: ``[P, G]``.
         pad_token_id: filler; its value never matters because masks come from lengths.
         padding_side: side on which short prompts are padded. Completions are padded on the right.
         extra: columns of padding to add to prompts and completions beyond what is needed.
+        mask_truncated: leave completions that were cut at the length limit out of the loss and of every denominator
+            (overlong filtering, 2503.14476).
 
     Returns:
         A `Batch` with ``B = P * G`` rows.
     """
-    assert advantages.shape == (rollouts.num_prompts, rollouts.group_size)
     completions = rollouts.flat()
     prompts = [prompt.token_ids for prompt in rollouts.flat_prompts()]
     prompt_ids, prompt_mask = _pad(prompts, pad_token_id, padding_side, extra)
     completion_ids, completion_mask = _pad([c.token_ids for c in completions], pad_token_id, "right", extra)
+    if mask_truncated:
+        completion_mask &= torch.tensor([c.finish_reason != "length" for c in completions])[:, None]
     sampling_logprobs = torch.zeros(completion_ids.shape, dtype=torch.float32)
     for row, completion in enumerate(completions):
         sampling_logprobs[row, : len(completion.logprobs)] = torch.tensor(completion.logprobs, dtype=torch.float32)
@@ -42,7 +49,6 @@ def collate(
         completion_ids=completion_ids,
         completion_mask=completion_mask,
         sampling_logprobs=sampling_logprobs,
-        advantages=advantages.reshape(-1).double(),
         temperatures=torch.tensor([c.temperature for c in completions], dtype=torch.float64),
     )
 

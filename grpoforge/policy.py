@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,28 +16,17 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from grpoforge.collate import split
 from grpoforge.errors import CheckpointError
+from grpoforge.logprobs import CausalForward, OnRows
+from grpoforge.precision import Precision
 from grpoforge.types import Batch, TokenLogprobs
-from grpoforge_kernels import ops
-
-
-@dataclass(frozen=True, slots=True)
-class Precision:
-    """How numbers are held: the weights' dtype, and the dtype the forward pass is cast to (None: not cast)."""
-
-    weights: torch.dtype
-    autocast: torch.dtype | None = None
-
-    def context(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        """The autocast region of a forward pass on ``device``."""
-        if self.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(device.type, dtype=self.autocast)
 
 
 class Reference(Protocol):
     """The frozen reference policy."""
 
     def logprobs(self, batch: Batch) -> TokenLogprobs: ...
+
+    def distributions(self, batch: Batch) -> tuple[TokenLogprobs, Tensor]: ...
 
 
 class Policy:
@@ -50,6 +39,7 @@ class Policy:
         self.notes = tuple(notes)
         self.version = 0
         disable_dropout(model)
+        self.forward = CausalForward(model, precision)
 
     @property
     def device(self) -> torch.device:
@@ -77,11 +67,19 @@ class Policy:
 
     def logprobs(self, batch: Batch) -> TokenLogprobs:
         """Log-prob and entropy of the completion tokens at each row's own temperature, ``[b, T]``."""
-        return token_logprobs(self.model, batch, self.precision)
+        return self.forward.logprobs(batch)
+
+    def distributions(self, batch: Batch) -> tuple[TokenLogprobs, Tensor]:
+        """`logprobs`, and the log-probs of the whole vocabulary at the ``n`` real tokens, ``[n, V]``, row-major."""
+        return self.forward.distributions(batch)
+
+    def backward(self, batch: Batch, on_rows: OnRows) -> float:
+        """Add the gradient of ``on_rows`` over the rows of ``batch`` to the parameters; returns its value."""
+        return self.forward.backward(batch, on_rows)
 
     @torch.no_grad()
-    def frozen_logprobs(self, batch: Batch, micro_batch_size: int) -> Tensor:
-        """`logprobs` of all rows without gradient, ``micro_batch_size`` rows at a time, ``[B, T]``."""
+    def frozen_logprobs(self, batch: Batch, micro_batch_size: int) -> TokenLogprobs:
+        """`logprobs` of all rows without gradient, ``micro_batch_size`` rows at a time."""
         return micro_batched(self.logprobs, batch, micro_batch_size)
 
     def freeze(self) -> Reference:
@@ -89,7 +87,7 @@ class Policy:
         if hasattr(self.model, "disable_adapter"):
             return AdapterDisabled(self)
         model = copy.deepcopy(self.model).requires_grad_(False).eval()
-        return FrozenCopy(model, self.precision)
+        return FrozenCopy(CausalForward(model, self.precision))
 
     def save(self, folder: Path) -> None:
         """Write an ordinary Hugging Face folder: safetensors weights (or adapter), configuration, tokenizer."""
@@ -152,12 +150,15 @@ def _check_fit(
 class FrozenCopy:
     """A copy of the model that never changes."""
 
-    model: Any
-    precision: Precision
+    forward: CausalForward
 
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> TokenLogprobs:
-        return token_logprobs(self.model, batch, self.precision)
+        return self.forward.logprobs(batch)
+
+    @torch.no_grad()
+    def distributions(self, batch: Batch) -> tuple[TokenLogprobs, Tensor]:
+        return self.forward.distributions(batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,59 +170,20 @@ class AdapterDisabled:
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> TokenLogprobs:
         with self.policy.model.disable_adapter():
-            return token_logprobs(self.policy.model, batch, self.policy.precision)
+            return self.policy.forward.logprobs(batch)
+
+    @torch.no_grad()
+    def distributions(self, batch: Batch) -> tuple[TokenLogprobs, Tensor]:
+        with self.policy.model.disable_adapter():
+            return self.policy.forward.distributions(batch)
 
 
-def micro_batched(logprobs: Any, batch: Batch, micro_batch_size: int) -> Tensor:
-    """``logprobs(rows).logprobs`` for all rows of ``batch``, a few at a time, ``[B, T]``."""
-    parts = [logprobs(batch.rows(rows)).logprobs for rows in split(batch.num_rows, micro_batch_size)]
-    return torch.cat(parts)
-
-
-def token_logprobs(model: Any, batch: Batch, precision: Precision) -> TokenLogprobs:
-    """Log-prob and entropy of each completion token, ``[b, T]``, 0 where masked.
-
-    Positions count real tokens only, so the side and the amount of padding change nothing; columns that no row uses
-    are not computed. Logits are kept for the completion alone and gathered at real tokens before any float32
-    arithmetic.
-    """
-    prompt_ids, prompt_mask = _used(batch.prompt_ids, batch.prompt_mask)
-    completion_ids, completion_mask = _used(batch.completion_ids, batch.completion_mask)
-    mask = torch.cat([prompt_mask, completion_mask], dim=1)
-    rows, tokens = completion_mask.nonzero(as_tuple=True)
-    # The first completion token is predicted at the prompt's last real token, every other at its left neighbor.
-    num_prompt = prompt_ids.shape[1]
-    last_prompt = num_prompt - 1 - prompt_mask.flip(1).long().argmax(dim=1)
-    predicted_at = torch.where(tokens == 0, last_prompt[rows], num_prompt + tokens - 1)
-    first_kept = int(last_prompt.min())
-    with precision.context(prompt_ids.device):
-        output = model(
-            input_ids=torch.cat([prompt_ids, completion_ids], dim=1),
-            attention_mask=mask.long(),
-            position_ids=(mask.long().cumsum(dim=1) - 1).clamp(min=0),
-            logits_to_keep=mask.shape[1] - first_kept,
-            use_cache=False,
-        )
-    logits = output.logits[rows, predicted_at - first_kept]
-    del output  # the rectangle of logits is the largest tensor of a step: only its real rows live on
-    logprobs, entropy = ops.selective_log_softmax(logits, completion_ids[rows, tokens], batch.temperatures[rows])
-    empty = torch.zeros(batch.completion_mask.shape, dtype=logprobs.dtype, device=logprobs.device)
+def micro_batched(logprobs: Callable[[Batch], TokenLogprobs], batch: Batch, micro_batch_size: int) -> TokenLogprobs:
+    """``logprobs(rows)`` for all rows of ``batch``, a few at a time."""
+    parts = [logprobs(batch.rows(rows)) for rows in split(batch.num_rows, micro_batch_size)]
     return TokenLogprobs(
-        logprobs=empty.index_put((rows, tokens), logprobs),
-        entropy=empty.index_put((rows, tokens), entropy),
+        logprobs=torch.cat([part.logprobs for part in parts]), entropy=torch.cat([part.entropy for part in parts])
     )
-
-
-def _used(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """``ids`` and ``mask [b, W]`` from the first to the last column that a row uses (at least one column).
-
-    Completions begin in the first column, so their token numbers stay what they were.
-    """
-    columns = mask.any(dim=0).nonzero().squeeze(1)
-    if not len(columns):
-        return ids[:, :1], mask[:, :1]
-    used = slice(int(columns[0]), int(columns[-1]) + 1)
-    return ids[:, used], mask[:, used]
 
 
 def disable_dropout(model: Any) -> None:

@@ -15,17 +15,19 @@ from safetensors.torch import load_file
 from transformers import OPTConfig, OPTForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from grpoforge.collate import collate
-from grpoforge.engine import Engine, Frozen
+from grpoforge.engine import Engine
 from grpoforge.errors import CheckpointError
 from grpoforge.metrics import Meter
-from grpoforge.policy import Policy, Precision, disable_dropout, inference_mode
+from grpoforge.objective import Frozen
+from grpoforge.policy import Policy, disable_dropout, inference_mode
+from grpoforge.precision import Precision
 from grpoforge.types import Batch, Rollouts
 
 
 @pytest.fixture
 def batch(make_rollouts: Callable[..., Rollouts]) -> Batch:
     rollouts = make_rollouts([[5, 9, 3], [7]], [[[3, 8, 1], [14]], [[22, 6], [5, 1]]], [[0.7, 1.3], [1.3, 0.7]])
-    return collate(rollouts, torch.tensor([[1.0, -1.0], [0.5, -0.5]]), pad_token_id=0)
+    return collate(rollouts, pad_token_id=0)
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def test_frozen_logprobs_are_the_same_without_gradient(
     micro: int, tiny_policy: Callable[..., Policy], batch: Batch
 ) -> None:
     policy = tiny_policy()
-    frozen = policy.frozen_logprobs(batch, micro)
+    frozen = policy.frozen_logprobs(batch, micro).logprobs
     assert not frozen.requires_grad
     torch.testing.assert_close(frozen, policy.logprobs(batch).logprobs.detach(), rtol=0, atol=1e-13)
 
@@ -66,34 +68,37 @@ def test_frozen_logprobs_are_the_same_without_gradient(
 def test_the_reference_does_not_move_with_the_policy(tiny_policy: Callable[..., Policy], batch: Batch) -> None:
     policy = tiny_policy()
     reference = policy.freeze()
-    before = policy.frozen_logprobs(batch, 4)
+    before = policy.frozen_logprobs(batch, 4).logprobs
     with torch.no_grad():
         for parameter in policy.trainable():
             parameter.mul_(1.1)
     assert reference.logprobs(batch).logprobs.equal(before)
-    assert not policy.frozen_logprobs(batch, 4).allclose(before)
+    assert not policy.frozen_logprobs(batch, 4).logprobs.allclose(before)
     assert not reference.logprobs(batch).logprobs.requires_grad
 
 
 def test_an_adapter_starts_at_its_base_which_is_the_reference(
     adapted: Policy, tiny_policy: Callable[..., Policy], batch: Batch
 ) -> None:
-    base = tiny_policy().frozen_logprobs(batch, 4)
-    assert adapted.frozen_logprobs(batch, 4).equal(base)
+    base = tiny_policy().frozen_logprobs(batch, 4).logprobs
+    assert adapted.frozen_logprobs(batch, 4).logprobs.equal(base)
     reference = adapted.freeze()
     with torch.no_grad():
         for parameter in adapted.trainable():
             parameter.add_(0.05)
     assert reference.logprobs(batch).logprobs.equal(base)
-    assert not adapted.frozen_logprobs(batch, 4).allclose(base)
+    assert not adapted.frozen_logprobs(batch, 4).logprobs.allclose(base)
 
 
-def test_only_the_adapter_is_trained(adapted: Policy, make_engine: Callable[..., Engine], batch: Batch) -> None:
+def test_only_the_adapter_is_trained(
+    adapted: Policy, make_engine: Callable[..., Engine], make_frozen: Callable[..., Frozen], batch: Batch
+) -> None:
     names = {name for name, parameter in adapted.model.named_parameters() if parameter.requires_grad}
     assert names and all("lora_" in name for name in names)
     before = {name: parameter.detach().clone() for name, parameter in adapted.model.named_parameters()}
     engine = make_engine(adapted, learning_rate=1.0, reference=adapted.freeze(), beta=0.1)
-    engine.update(batch, engine.freeze(batch, Meter()), 8, Meter())
+    old, reference = engine.freeze(batch, Meter())
+    engine.update(batch, make_frozen(old.logprobs, reference, torch.tensor([[1.0, -1.0], [0.5, -0.5]])), 8, Meter())
     moved = {name for name, parameter in adapted.model.named_parameters() if not parameter.equal(before[name])}
     # At its start B is 0, so A has no gradient: the first step moves B alone.
     assert moved == {name for name in names if "lora_B" in name}
@@ -108,12 +113,12 @@ def test_an_adapter_comes_back_from_disk(
             parameter.add_(0.05)
     adapted.save(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").is_file() and not (tmp_path / "model.safetensors").exists()
-    saved = adapted.frozen_logprobs(batch, 4)
+    saved = adapted.frozen_logprobs(batch, 4).logprobs
     with torch.no_grad():
         for parameter in adapted.trainable():
             parameter.zero_()
     adapted.load_weights(tmp_path)
-    assert adapted.frozen_logprobs(batch, 4).equal(saved)
+    assert adapted.frozen_logprobs(batch, 4).logprobs.equal(saved)
     with pytest.raises(CheckpointError, match="do not fit the model"):
         tiny_policy().load_weights(tmp_path)
 
@@ -123,7 +128,7 @@ def test_weights_come_back_from_disk(tiny_policy: Callable[..., Policy], batch: 
     policy.save(tmp_path)
     assert not list(tmp_path.glob("*.bin"))
     other.load_weights(tmp_path)
-    assert other.frozen_logprobs(batch, 4).equal(policy.frozen_logprobs(batch, 4))
+    assert other.frozen_logprobs(batch, 4).logprobs.equal(policy.frozen_logprobs(batch, 4).logprobs)
 
 
 def test_the_experts_of_a_mixture_come_back_from_disk(tiny_policy: Callable[..., Policy], tmp_path: Path) -> None:
@@ -192,7 +197,7 @@ def test_dropout_is_off_also_in_training_mode(tiny_policy: Callable[..., Policy]
     assert model.model.layers[0].self_attn.attention_dropout == 0.0
     assert model.model.layers[0].mlp.extra.p == 0.0
     policy = Policy(model.train(), SimpleNamespace(eos_token_id=1), Precision(torch.float64))
-    assert policy.frozen_logprobs(batch, 4).equal(policy.frozen_logprobs(batch, 4))
+    assert policy.frozen_logprobs(batch, 4).logprobs.equal(policy.frozen_logprobs(batch, 4).logprobs)
 
 
 def test_dropout_held_as_numbers_is_off_too() -> None:
@@ -253,16 +258,19 @@ def test_precision_casts_the_forward_pass_only() -> None:
 def test_logprobs_are_float32_under_autocast(tiny_model: Callable[..., Any], batch: Batch) -> None:
     precision = Precision(torch.float32, autocast=torch.bfloat16)
     policy = Policy(tiny_model(0, torch.float32), SimpleNamespace(eos_token_id=1), precision)
-    exact = Policy(policy.model, policy.tokenizer, Precision(torch.float32)).frozen_logprobs(batch, 4)
+    exact = Policy(policy.model, policy.tokenizer, Precision(torch.float32)).frozen_logprobs(batch, 4).logprobs
     found = policy.logprobs(batch)
     assert found.logprobs.dtype == found.entropy.dtype == torch.float32
     assert 0 < float((found.logprobs - exact).detach().abs().max()) < 0.2
 
 
 def test_gradients_reach_every_weight(
-    tiny_policy: Callable[..., Policy], make_engine: Callable[..., Engine], batch: Batch
+    tiny_policy: Callable[..., Policy],
+    make_engine: Callable[..., Engine],
+    make_frozen: Callable[..., Frozen],
+    batch: Batch,
 ) -> None:
     policy = tiny_policy()
-    old = policy.frozen_logprobs(batch, 4)
-    make_engine(policy).accumulate(batch, Frozen(old=old, reference=old), 8, Meter())
+    old = policy.frozen_logprobs(batch, 4).logprobs
+    make_engine(policy).accumulate(batch, make_frozen(old, old, torch.tensor([[1.0, -1.0], [0.5, -0.5]])), 8, Meter())
     assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in policy.trainable())

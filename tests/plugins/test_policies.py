@@ -21,7 +21,9 @@ from grpoforge.config import LoRAConfig, ModelConfig
 from grpoforge.engine import Engine
 from grpoforge.errors import ModelError
 from grpoforge.metrics import Meter
-from grpoforge.policy import Policy, Precision
+from grpoforge.objective import Frozen
+from grpoforge.policy import Policy
+from grpoforge.precision import Precision
 from grpoforge.types import Batch, Prompt, Rollouts
 from grpoforge_plugins.policies.huggingface import choose_precision, load, load_tokenizer
 from grpoforge_plugins.samplers.hf import HFSampler
@@ -56,13 +58,15 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def batch(make_rollouts: Callable[..., Rollouts]) -> Batch:
     rollouts = make_rollouts([[5, 9, 3], [7]], [[[3, 8, 1], [14]], [[22, 6], [5, 1]]], [[0.7, 1.3], [1.3, 0.7]])
-    return collate(rollouts, torch.tensor([[1.0, -1.0], [0.5, -0.5]]), pad_token_id=0)
+    return collate(rollouts, pad_token_id=0)
 
 
 def test_a_saved_model_gives_the_same_logprobs(saved: Path, tiny_policy: Callable[..., Policy], batch: Batch) -> None:
     policy = load(ModelConfig(name=str(saved)))
     assert policy.precision == Precision(torch.float32)
-    assert policy.frozen_logprobs(batch, 4).equal(tiny_policy(dtype=torch.float32).frozen_logprobs(batch, 4))
+    assert policy.frozen_logprobs(batch, 4).logprobs.equal(
+        tiny_policy(dtype=torch.float32).frozen_logprobs(batch, 4).logprobs
+    )
     assert policy.eos_token_ids() == {1} and policy.tokenizer.pad_token_id == 0
     assert policy.notes == ("the tokenizer has no chat template: a plain prompt template is used",)
     assert len(policy.trainable()) == len(list(policy.model.parameters()))
@@ -106,6 +110,7 @@ def test_every_way_of_holding_the_model_takes_a_step_from_ratio_1(
     checkpointing: bool,
     saved: Path,
     make_engine: Callable[..., Engine],
+    make_frozen: Callable[..., Frozen],
     make_prompts: Callable[..., tuple[Prompt, ...]],
 ) -> None:
     config = ModelConfig(name=str(saved), precision=precision, lora=lora, gradient_checkpointing=checkpointing)
@@ -114,8 +119,9 @@ def test_every_way_of_holding_the_model_takes_a_step_from_ratio_1(
     prompts = make_prompts([[5, 9, 3], [7]])
     rollouts = HFSampler(temperature=1.3, max_completion_length=5).sample(policy, prompts, 4, seed=0)
     meter = Meter()
-    batch = collate(rollouts, torch.tensor([[1.0, -1.0, 0.5, -0.5]] * 2), pad_token_id=0)
-    engine.update(batch, engine.freeze(batch, meter), 5, meter)
+    batch = collate(rollouts, pad_token_id=0)
+    old, reference = engine.freeze(batch, meter)
+    engine.update(batch, make_frozen(old.logprobs, reference, torch.tensor([[1.0, -1.0, 0.5, -0.5]] * 2)), 5, meter)
     assert meter.totals["invariant/ratio_dev_step0"][0] <= 1e-6
     assert meter.totals["invariant/kl_step0"][0] <= 1e-6
     assert meter.totals["grad_norm"][0] > 0
@@ -124,14 +130,20 @@ def test_every_way_of_holding_the_model_takes_a_step_from_ratio_1(
 
 
 def test_gradient_checkpointing_gives_equal_gradients(
-    saved: Path, make_engine: Callable[..., Engine], batch: Batch, flat_gradient: Callable[[Policy], torch.Tensor]
+    saved: Path,
+    make_engine: Callable[..., Engine],
+    make_frozen: Callable[..., Frozen],
+    batch: Batch,
+    flat_gradient: Callable[[Policy], torch.Tensor],
 ) -> None:
     found = []
     for checkpointing in (False, True):
         policy = load(ModelConfig(name=str(saved), gradient_checkpointing=checkpointing))
         assert policy.model.is_gradient_checkpointing is checkpointing
         engine = make_engine(policy)
-        engine.accumulate(batch, engine.freeze(batch, Meter()), 8, Meter())
+        old, reference = engine.freeze(batch, Meter())
+        frozen = make_frozen(old.logprobs, reference, torch.tensor([[1.0, -1.0], [0.5, -0.5]]))
+        engine.accumulate(batch, frozen, 8, Meter())
         found.append(flat_gradient(policy))
     assert float((found[1] - found[0]).norm() / found[0].norm()) <= 1e-6
 

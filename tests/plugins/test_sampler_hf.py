@@ -35,8 +35,8 @@ def policy(tiny_policy: Callable[..., Policy]) -> Policy:
 
 def recomputed(policy: Policy, rollouts: Rollouts) -> tuple[list[float], list[float]]:
     """The sampler's log-probs and the policy's own, token by token."""
-    batch = collate(rollouts, torch.zeros(rollouts.num_prompts, rollouts.group_size), pad_token_id=0)
-    own = policy.frozen_logprobs(batch, 64)
+    batch = collate(rollouts, pad_token_id=0)
+    own = policy.frozen_logprobs(batch, 64).logprobs
     mask = batch.completion_mask
     return batch.sampling_logprobs[mask].tolist(), own[mask].tolist()
 

@@ -12,7 +12,8 @@ import torch
 
 from grpoforge.distributed import local_device
 from grpoforge.errors import ModelError, first_line
-from grpoforge.policy import Policy, Precision
+from grpoforge.policy import Policy
+from grpoforge.precision import Precision
 
 if TYPE_CHECKING:
     from grpoforge.config import ModelConfig

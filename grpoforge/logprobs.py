@@ -1,0 +1,198 @@
+"""From a batch to the log-probs of its completion tokens: the model's trunk, then its head at those tokens only.
+
+The head is by far the widest layer (``V`` columns). It is applied to the ``N`` real completion tokens and to nothing
+else, and never to more of them at a time than `LOGITS_BYTES` of logits:
+
+- without gradient (old and reference log-probs): in runs of tokens;
+- with gradient, head trained: in runs of whole rows, whose part of the objective is taken and driven back into the
+  hidden states before the next run;
+- with gradient, head frozen (LoRA): over slices of the vocabulary, which keeps no logits at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpoforge.collate import split
+from grpoforge.head import Head, find_head
+from grpoforge.precision import Precision
+from grpoforge.types import Batch, TokenLogprobs
+from grpoforge_kernels import ops
+
+LOGITS_BYTES = 2**28
+"""Most logits held at a time, unless one row alone has more: 256 MiB."""
+
+OnRows = Callable[[slice, TokenLogprobs], Tensor]
+"""The objective of some rows of a batch, given what the policy says of them: a scalar with gradient."""
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the ``N`` real completion tokens of a batch stand, row-major."""
+
+    rows: Tensor
+    """``[N]``"""
+    tokens: Tensor
+    """``[N]``: columns of the completion."""
+    ids: Tensor
+    """``[N]``: the tokens themselves."""
+    temperatures: Tensor
+    """``[N]``: of each token's row."""
+    shape: tuple[int, int]
+    """``[b, T]``"""
+
+    @classmethod
+    def of(cls, batch: Batch) -> Places:
+        """All real completion tokens of ``batch``."""
+        rows, tokens = batch.completion_mask.nonzero(as_tuple=True)
+        num_rows, width = batch.completion_mask.shape
+        return cls(rows, tokens, batch.completion_ids[rows, tokens], batch.temperatures[rows], (num_rows, width))
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """``values [N]`` at their places in ``[b, T]``, 0 elsewhere."""
+        empty = torch.zeros(self.shape, dtype=values.dtype, device=values.device)
+        return empty.index_put((self.rows, self.tokens), values)
+
+    def rectangles(self, stats: ops.TokenStats) -> TokenLogprobs:
+        """What the kernels say of the tokens, in the shape of the batch."""
+        return TokenLogprobs(logprobs=self.scatter(stats.logprobs), entropy=self.scatter(stats.entropy))
+
+    def runs(self, most: int) -> list[tuple[slice, slice]]:
+        """Consecutive runs of whole rows with at most ``most`` tokens (or one row): their rows, and their tokens."""
+        lengths = torch.bincount(self.rows, minlength=self.shape[0]).tolist()
+        runs: list[tuple[slice, slice]] = []
+        row = start = 0
+        while row < len(lengths):
+            first, count = row, 0
+            while row < len(lengths) and (row == first or count + lengths[row] <= most):
+                count += lengths[row]
+                row += 1
+            runs.append((slice(first, row), slice(start, start + count)))
+            start += count
+        return runs
+
+    def of_run(self, rows: slice, tokens: slice) -> Places:
+        """The tokens of one run, counted from its first row."""
+        shape = (rows.stop - rows.start, self.shape[1])
+        part = (self.rows[tokens] - rows.start, self.tokens[tokens], self.ids[tokens], self.temperatures[tokens])
+        return Places(*part, shape)
+
+
+class CausalForward:
+    """How a model answers for the completion tokens of a batch, at the temperature of each row.
+
+    Where its head cannot be told from its trunk (`grpoforge.head`), all logits are made and the needed ones gathered.
+    """
+
+    def __init__(self, model: Any, precision: Precision) -> None:
+        self.model = model
+        self.precision = precision
+        self.head = find_head(model, precision)
+
+    def logprobs(self, batch: Batch) -> TokenLogprobs:
+        """Log-prob and entropy of each completion token, ``[b, T]``, 0 where masked."""
+        places = Places.of(batch)
+        outputs = self.outputs(batch, places)
+        if outputs.requires_grad or self.head is None:
+            return places.rectangles(self.stats(outputs, places.ids, places.temperatures))
+        runs = split(len(outputs), self.tokens_at_a_time(self.head)) or [slice(0, 0)]
+        parts = [self.stats(outputs[run], places.ids[run], places.temperatures[run]) for run in runs]
+        return places.rectangles(ops.TokenStats(*(torch.cat(column) for column in zip(*parts, strict=True))))
+
+    def distributions(self, batch: Batch) -> tuple[TokenLogprobs, Tensor]:
+        """`logprobs`, and the log-probs of the whole vocabulary at the ``N`` real tokens, ``[N, V]``, row-major."""
+        places = Places.of(batch)
+        logits = self.logits(self.outputs(batch, places))
+        scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / places.temperatures[:, None].to(logits)
+        stats = ops.selective_log_softmax(scaled, places.ids, 1.0)
+        return places.rectangles(stats), scaled.log_softmax(dim=1)
+
+    def backward(self, batch: Batch, on_rows: OnRows) -> float:
+        """Add the gradient of ``on_rows`` over all rows of ``batch`` to the parameters; returns its value."""
+        places = Places.of(batch)
+        outputs = self.outputs(batch, places)
+        head, everything = self.head, slice(0, batch.num_rows)
+        if head is None or len(outputs) <= self.tokens_at_a_time(head):
+            loss = on_rows(everything, places.rectangles(self.stats(outputs, places.ids, places.temperatures)))
+        elif head.is_trained:
+            loss = self._in_runs(head, outputs, places, on_rows)
+        else:
+            asked = (outputs, head.weight_like(outputs), places.ids, places.temperatures)
+            loss = on_rows(everything, places.rectangles(ops.linear_logprobs(*asked, **head.options(outputs))))
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    def _in_runs(self, head: Head, hidden: Tensor, places: Places, on_rows: OnRows) -> Tensor:
+        runs = [run for run in places.runs(self.tokens_at_a_time(head)) if run[1].start < run[1].stop]
+        rows_at = {tokens.start: (rows, places.of_run(rows, tokens)) for rows, tokens in runs}
+
+        def on_tokens(tokens: slice, stats: ops.TokenStats) -> Tensor:
+            rows, part = rows_at[tokens.start]
+            return on_rows(rows, part.rectangles(stats))
+
+        asked = (hidden, head.weight_like(hidden), places.ids, places.temperatures, on_tokens)
+        return ops.linear_loss(*asked, chunks=[tokens for _, tokens in runs], **head.options(hidden))
+
+    def outputs(self, batch: Batch, places: Places) -> Tensor:
+        """What predicts each real completion token: hidden states ``[N, H]``, or logits ``[N, V]`` without a head.
+
+        Positions count real tokens only, so the side and the amount of padding change nothing; columns that no row
+        uses are not computed.
+        """
+        prompt_ids, prompt_mask = _used(batch.prompt_ids, batch.prompt_mask)
+        completion_ids, completion_mask = _used(batch.completion_ids, batch.completion_mask)
+        mask = torch.cat([prompt_mask, completion_mask], dim=1)
+        # The first completion token is predicted at the prompt's last real token, every other at its left neighbor.
+        num_prompt = prompt_ids.shape[1]
+        last_prompt = num_prompt - 1 - prompt_mask.flip(1).long().argmax(dim=1)
+        predicted_at = torch.where(places.tokens == 0, last_prompt[places.rows], num_prompt + places.tokens - 1)
+        inputs = {
+            "input_ids": torch.cat([prompt_ids, completion_ids], dim=1),
+            "attention_mask": mask.long(),
+            "position_ids": (mask.long().cumsum(dim=1) - 1).clamp(min=0),
+            "use_cache": False,
+        }
+        with self.precision.context(prompt_ids.device):
+            if self.head is not None:
+                hidden: Tensor = self.head.trunk(**inputs).last_hidden_state
+                # Norms and residuals stay wider than what autocast computes in; the whole model's head does not.
+                return hidden[places.rows, predicted_at].to(self.precision.computed)
+            first = int(last_prompt.min())
+            output = self.model(**inputs, logits_to_keep=mask.shape[1] - first)
+            logits: Tensor = output.logits[places.rows, predicted_at - first]
+        return logits
+
+    def logits(self, outputs: Tensor) -> Tensor:
+        """``outputs`` as logits ``[N, V]``, as the model itself gives them."""
+        return outputs if self.head is None else self.head.logits(outputs)
+
+    def stats(self, outputs: Tensor, ids: Tensor, temperatures: Tensor) -> ops.TokenStats:
+        """Log-prob, entropy and logsumexp of some tokens."""
+        if self.head is None:
+            return ops.selective_log_softmax(outputs, ids, temperatures, overwrite_logits=True)
+        raw = self.head.raw_logits(outputs)
+        return ops.selective_log_softmax(
+            raw, ids, temperatures, softcap=self.head.softcap, scale=self.head.scale, overwrite_logits=True
+        )
+
+    def tokens_at_a_time(self, head: Head) -> int:
+        """Tokens whose logits fit `LOGITS_BYTES`."""
+        vocabulary = head.weight.shape[0]
+        return max(1, LOGITS_BYTES // (vocabulary * self.precision.computed.itemsize))
+
+
+def _used(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """``ids`` and ``mask [b, W]`` from the first to the last column that a row uses (at least one column).
+
+    Completions begin in the first column, so their token numbers stay what they were.
+    """
+    columns = mask.any(dim=0).nonzero().squeeze(1)
+    if not len(columns):
+        return ids[:, :1], mask[:, :1]
+    used = slice(int(columns[0]), int(columns[-1]) + 1)
+    return ids[:, used], mask[:, used]
