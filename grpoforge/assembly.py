@@ -9,12 +9,17 @@ from typing import Any
 import torch
 from transformers import get_scheduler
 
-from grpoforge.config import Config
+from grpoforge.binding import bind
+from grpoforge.coefficients import AdaptiveEntropy, AdaptiveKL, Coefficient, Constant
+from grpoforge.config import Config, EntropyConfig, KLPart
 from grpoforge.data import PromptFormat, PromptSet, to_prompts
 from grpoforge.distributed import Workers
+from grpoforge.drawing import Drawing
 from grpoforge.engine import Algorithm, Engine
 from grpoforge.errors import ConfigError, GrpoforgeError, ModelError
 from grpoforge.evaluation import Evaluation
+from grpoforge.fused import fuse
+from grpoforge.objective import Objective, coupling_of
 from grpoforge.parts import ChosenReward, Parts, bind_reward
 from grpoforge.plugins import PluginHost
 from grpoforge.policy import Policy
@@ -23,7 +28,7 @@ from grpoforge.seeds import mix
 from grpoforge.sources import Row
 from grpoforge.tracking import RunInfo
 from grpoforge.trainer import Schedule, Trainer, failed
-from grpoforge.types import Sampler, StepReport
+from grpoforge.types import Loss, Sampler, StepReport
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +50,20 @@ def check_workers(config: Config, workers: Workers) -> None:
                 f"`batch.{key}` is {value}, which {workers.size} processes cannot share evenly",
                 f"use a multiple of {workers.size}",
             )
+
+
+def check_coupling(loss: Loss, name: str, workers: Workers) -> None:
+    """Refuse a loss that looks at the whole minibatch where no process holds all of it.
+
+    Raises:
+        ConfigError: the loss declares coupling ``batch`` and there are several processes.
+    """
+    if coupling_of(loss) == "batch" and workers.size > 1:
+        raise ConfigError(
+            f"loss `{name}` looks at every completion of an optimizer step, and each of {workers.size} processes holds "
+            "a part",
+            "use one process, or another loss",
+        )
 
 
 def load_policy(config: Config, host: PluginHost) -> Policy:
@@ -162,25 +181,68 @@ def make_engine(config: Config, algorithm: Algorithm, policy: Policy, workers: W
     )
 
 
-def make_algorithm(config: Config, parts: Parts, sampler: Sampler, columns: Sequence[str]) -> Algorithm:
-    """The parts as plain callables."""
-    batch = config.batch
-    return Algorithm(
-        sampler=sampler,
-        rewards=[bind_reward(reward, columns) for reward in parts.rewards],
-        advantage=parts.advantage.build(),
+def make_objective(config: Config, parts: Parts) -> tuple[Objective, str]:
+    """What is minimized, as one kernel where there is one for exactly these parts; and a word on that.
+
+    Raises:
+        PluginError: a component asks for data that it cannot be given.
+    """
+    composed = Objective(
         loss=parts.loss.build(),
-        kl=parts.kl.build(),
-        beta=config.kl.beta,
+        kl=bind("kl", parts.kl.build()) if config.kl.beta > 0 and config.kl.placement == "loss" else None,
+        corrections=[bind("correction", chosen.build()) for chosen in parts.corrections],
+    )
+    return fuse(
+        composed,
+        entropy_bonus=config.entropy.coef > 0 or config.entropy.target is not None,
+        chooses_tokens=config.batch.top_entropy_quantile < 1.0,
+    )
+
+
+def make_algorithm(config: Config, parts: Parts, sampler: Sampler, columns: Sequence[str]) -> Algorithm:
+    """The parts as plain callables.
+
+    Raises:
+        PluginError: a component asks for data that it cannot be given.
+    """
+    batch = config.batch
+    is_reward = config.kl.beta > 0 and config.kl.placement == "reward"
+    return Algorithm(
+        drawing=Drawing(
+            sampler=sampler,
+            rewards=[bind_reward(reward, columns) for reward in parts.rewards],
+            group_size=batch.completions_per_prompt,
+            max_extra_draws=batch.dynamic_sampling,
+            on_reward_error=config.scoring.on_error,
+            reward_time_limit=config.scoring.time_limit,
+        ),
+        advantage=bind("advantage", parts.advantage.build()),
+        objective=make_objective(config, parts)[0],
+        kl_penalty=bind("kl", parts.kl.build()) if is_reward else None,
+        beta=make_beta(config.kl),
+        entropy=make_entropy(config.entropy),
         reduction=config.reduction,
-        group_size=batch.completions_per_prompt,
         minibatch_size=config.minibatch_size,
         micro_batch_size=batch.micro_batch_size or config.minibatch_size,
         epochs=batch.epochs,
         max_grad_norm=config.optim.max_grad_norm,
-        on_reward_error=config.scoring.on_error,
-        reward_time_limit=config.scoring.time_limit,
+        mask_truncated=batch.mask_truncated_completions,
+        top_entropy_quantile=batch.top_entropy_quantile,
     )
+
+
+def make_beta(kl: KLPart) -> Coefficient:
+    """The coefficient of the KL: constant, or steered to ``kl.target``."""
+    if kl.target is None or kl.beta == 0:
+        return Constant(kl.beta)
+    return AdaptiveKL(kl.beta, target=kl.target, horizon=kl.horizon)
+
+
+def make_entropy(entropy: EntropyConfig) -> Coefficient:
+    """The coefficient of the entropy bonus: constant, or steered to ``entropy.target``."""
+    if entropy.target is None:
+        return Constant(entropy.coef)
+    return AdaptiveEntropy(entropy.coef, target=entropy.target, delta=entropy.delta, maximum=entropy.max_coef)
 
 
 def assemble(
@@ -204,6 +266,7 @@ def assemble(
     train = PromptSet(to_prompts(parts.train_rows, policy.tokenizer, fmt), config.seed)
     evaluation = make_evaluation(config, policy, sampler, (parts.measured, parts.correctness), parts.eval_rows, workers)
     algorithm = make_algorithm(config, parts, sampler, list(train.prompts[0].columns))
+    check_coupling(algorithm.objective.loss, config.loss.name, workers)
     max_steps = num_steps(config, len(train))
     engine = make_engine(config, algorithm, policy, workers, max_steps * config.updates_per_step)
     info = run_info(config, parts, policy, run_dir, (len(train), len(evaluation.prompts)), (first_step, max_steps))
@@ -234,13 +297,18 @@ def named_components(algorithm: Algorithm, evaluation: Evaluation, trackers: Seq
 
     Evaluation has rewards of its own: measuring must not change what a stateful reward remembers of training.
     """
+    objective = algorithm.objective
+    kl = objective.kl or algorithm.kl_penalty
     named = {
-        "sampler": algorithm.sampler,
-        "advantage": algorithm.advantage,
-        "loss": algorithm.loss,
-        "kl": algorithm.kl,
+        "sampler": algorithm.drawing.sampler,
+        "advantage": algorithm.advantage.function,
+        "loss": objective.loss,
+        "kl": kl.function if kl else None,
+        "coefficient beta": algorithm.beta,
+        "coefficient entropy": algorithm.entropy,
     }
-    named |= {f"reward {reward.name}": reward.function for reward in algorithm.rewards}
+    named |= {f"correction {number}": one.function for number, one in enumerate(objective.corrections)}
+    named |= {f"reward {reward.name}": reward.function for reward in algorithm.drawing.rewards}
     named |= {f"evaluation reward {reward.name}": reward.function for reward in evaluation.rewards}
     return named | {f"tracker {type(tracker).__name__}": tracker for tracker in trackers}
 

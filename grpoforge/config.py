@@ -69,10 +69,29 @@ class RewardPart(Part):
 
 
 class KLPart(Part):
-    """The KL estimator and how much of it."""
+    """The KL estimator, how much of it, and where it goes."""
 
     beta: Annotated[float, Field(ge=0)] = 0.04
-    """Coefficient of the KL term in the loss; 0 loads no reference."""
+    """Coefficient of the KL; 0 loads no reference."""
+    placement: Literal["loss", "reward"] = "loss"
+    """``loss``: a term per token. ``reward``: its sum over a completion is subtracted from the completion's reward."""
+    target: Annotated[float, Field(gt=0)] | None = None
+    """Mean KL per token that an adaptive ``beta`` is steered to; null keeps ``beta`` constant."""
+    horizon: Positive = 10_000
+    """Completions over which an adaptive ``beta`` changes."""
+
+
+class EntropyConfig(Section):
+    """Entropy bonus: keeps the policy from becoming sure of itself too early."""
+
+    coef: Annotated[float, Field(ge=0)] = 0.0
+    """Coefficient of the policy's entropy in the loss; where it starts when ``target`` is set."""
+    target: Annotated[float, Field(gt=0)] | None = None
+    """Nats per token: the bonus acts only while the entropy is at or below this; null keeps ``coef`` constant."""
+    delta: Annotated[float, Field(ge=0)] = 0.005
+    """How much an adaptive coefficient changes per step."""
+    max_coef: Annotated[float, Field(ge=0)] = 1.0
+    """Largest adaptive coefficient."""
 
 
 class LoRAConfig(Section):
@@ -148,6 +167,12 @@ class BatchConfig(Section):
     """Completions per forward pass; the minibatch by default."""
     epochs: Positive = 1
     """Passes over each batch."""
+    dynamic_sampling: NonNegative = 0
+    """Extra draws per step that may replace prompts whose completions all scored alike; 0: keep them."""
+    mask_truncated_completions: bool = False
+    """Leave completions that were cut at the length limit out of the loss."""
+    top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the tokens, those of highest entropy, that the policy loss is taken on."""
 
 
 class OptimConfig(Section):
@@ -214,6 +239,9 @@ class Config(Section):
     advantage: Part = Part(name="group")
     loss: Part = Part(name="clip")
     kl: KLPart = KLPart(name="k3")
+    corrections: list[Part] = Field(default_factory=list)
+    """Off-policy corrections: their weights multiply the policy loss of each token."""
+    entropy: EntropyConfig = EntropyConfig()
     reduction: Literal["sequence", "token", "constant", "sequence_sum"] = "token"
     """How per-token losses become one number."""
     batch: BatchConfig = BatchConfig()
@@ -234,6 +262,17 @@ class Config(Section):
     """Local plugin files."""
 
     _origins: Origins = PrivateAttr(default_factory=Origins)
+
+    @field_validator("corrections", mode="before")
+    @classmethod
+    def _named_corrections(cls, value: Any) -> Any:
+        """``{tis: {cap: 2}}``, which is what ``--set corrections.tis.cap=2`` makes, as a list of parts."""
+        if not isinstance(value, Mapping):
+            return value
+        for name, options in value.items():
+            if not isinstance(options, Mapping | None):
+                raise ValueError(f"`{name}` holds options, such as `corrections.{name}.OPTION=VALUE`")
+        return [{"name": name, **(options or {})} for name, options in value.items()]
 
     @model_validator(mode="after")
     def _rewards_are_there(self) -> Config:
@@ -268,16 +307,10 @@ def check_batch(config: Config) -> None:
     """Refuse batch sizes that cannot be divided as asked, naming the nearest that can.
 
     Raises:
-        ConfigError: a group of one, or a minibatch that does not divide the batch.
+        ConfigError: a minibatch that does not divide the batch, or a micro-batch larger than it.
     """
     batch, origins = config.batch, config.origins
     group, rows = batch.completions_per_prompt, batch.prompts_per_step * batch.completions_per_prompt
-    if group < 2:
-        raise ConfigError(
-            f"`batch.completions_per_prompt` is {group}{origins.of('batch', 'completions_per_prompt')}: "
-            "a group of one has no baseline",
-            "use at least 2 (8 is common)",
-        )
     if rows % config.minibatch_size:
         raise ConfigError(
             f"`batch.minibatch_size` is {config.minibatch_size}{origins.of('batch', 'minibatch_size')}, which does not "

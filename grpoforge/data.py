@@ -52,6 +52,11 @@ class PromptSet:
         """
         return [self._at(position) for position in range(step * count, (step + 1) * count)]
 
+    def extra(self, step: int, draw: int, count: int) -> list[Prompt]:
+        """``count`` prompts for extra draw ``draw`` (from 1) of ``step``, chosen at random; a pure function too."""
+        generator = torch.Generator().manual_seed(mix(self.seed, 3, step, draw))
+        return [self.prompts[index] for index in torch.randint(len(self.prompts), (count,), generator=generator)]
+
     def _at(self, position: int) -> Prompt:
         epoch, offset = divmod(position, len(self.prompts))
         return self.prompts[_order(self.seed, epoch, len(self.prompts))[offset]]

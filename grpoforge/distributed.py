@@ -1,7 +1,8 @@
 """Where a run runs: one process, or one of several started by ``torchrun``.
 
-Prompts are divided among the ranks, groups never are, so advantages need no communication. Counts are summed before
-the loss is weighed and gradients are *summed*, not averaged: the gradient is that of one process with all the rows.
+Prompts are divided among the ranks, groups never are. Rewards are gathered before they become advantages, so that
+statistics over the batch see all of it; counts are summed before the loss is weighed, and gradients are *summed*, not
+averaged: the gradient is that of one process with all the rows.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from grpoforge.metrics import Totals
 from grpoforge.reduction import Counts
@@ -63,6 +65,22 @@ class Workers:
         """``number`` summed over the ranks."""
         return number if self.size == 1 else self._sum([float(number)])[0]
 
+    def gather(self, rows: Tensor) -> Tensor:
+        """The ``rows [n, ...]`` of every rank, rank after rank, ``[sum of n, ...]`` on the device of ``rows``.
+
+        ``n`` may differ among the ranks.
+        """
+        if self.size == 1:
+            return rows
+        counts = self._sum([float(len(rows)) if rank == self.rank else 0.0 for rank in range(self.size)])
+        start = int(sum(counts[: self.rank]))
+        everyone = rows.new_zeros(int(sum(counts)), *rows.shape[1:])
+        everyone[start : start + len(rows)] = rows
+        device = _collective_device()
+        gathered = everyone.to(device)
+        dist.all_reduce(gathered)
+        return gathered.to(rows.device)
+
     def from_main(self, text: str) -> str:
         """The main rank's ``text``, on every rank: for what only one may decide, such as a folder's name."""
         if self.size == 1:
@@ -77,10 +95,13 @@ class Workers:
         return self.sum(float(flag)) > 0
 
     def _sum(self, numbers: list[float]) -> list[float]:
-        device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-        tensor = torch.tensor(numbers, dtype=torch.float64, device=device)
+        tensor = torch.tensor(numbers, dtype=torch.float64, device=_collective_device())
         dist.all_reduce(tensor)
         return [float(number) for number in tensor.tolist()]
+
+
+def _collective_device() -> torch.device:
+    return torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def start_workers() -> Workers:

@@ -1,10 +1,10 @@
 """One training step. It reads like the paper and knows no algorithm by name.
 
-rollouts    ~ pi_old( . | prompts), G per prompt                                        sampler
-rewards     R [P, G, K]                                                                 scoring
+rollouts    ~ pi_old( . | prompts), G per prompt                                        drawing
+rewards     R [P, G, K]                                                                 drawing
+log-probs   pi_old, pi_ref [B, T]                                                       policy
 advantages  A [P, G]                                                                    advantage
-per token   loss(pi, pi_old, A) + beta * KL(pi, pi_ref)                                 loss, kl
-objective   sum(weights * per_token), weights fixed once per optimizer step             reduction
+objective   sum(weights * (loss(pi, pi_old, A) + beta * KL(pi, pi_ref)))                objective, reduction
 """
 
 from __future__ import annotations
@@ -17,31 +17,44 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grpoforge.binding import Bound
+from grpoforge.coefficients import Coefficient, Steered
 from grpoforge.collate import collate, split
-from grpoforge.contracts import advantages_of, kl_of, loss_of
+from grpoforge.contracts import advantages_of, kl_of
 from grpoforge.distributed import Workers
+from grpoforge.drawing import Drawing, MorePrompts, no_more, with_penalty
 from grpoforge.errors import RunFailed
-from grpoforge.metrics import Meter, Totals, averages, rollout_extremes, rollout_totals, sampling_difference
+from grpoforge.metrics import (
+    Meter,
+    Totals,
+    averages,
+    effective_sample_size,
+    rollout_extremes,
+    rollout_totals,
+    sampling_difference,
+)
+from grpoforge.objective import Frozen, Objective, Update
 from grpoforge.policy import Policy, Reference, micro_batched
-from grpoforge.reduction import ReductionName, count, reduce, token_weights
-from grpoforge.scoring import BoundReward, ErrorPolicy, ledger, score
-from grpoforge.types import Advantage, Batch, KLEstimator, Loss, LossInputs, Prompt, Sampler, StepReport
+from grpoforge.reduction import ReductionName, count, token_weights
+from grpoforge.scoring import ledger
+from grpoforge.seeds import mix
+from grpoforge.types import Batch, Prompt, Rollouts, Scores, StepReport, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Algorithm:
     """The parts of a step, resolved: plain callables and the numbers that tie them together."""
 
-    sampler: Sampler
-    rewards: Sequence[BoundReward]
-    advantage: Advantage
-    loss: Loss
-    kl: KLEstimator
-    beta: float
-    """Coefficient of the KL term; 0 turns the reference off."""
+    drawing: Drawing
+    advantage: Bound
+    objective: Objective
+    kl_penalty: Bound | None
+    """KL estimator whose sum over a row is subtracted from its reward; None where the KL is in the loss or nowhere."""
+    beta: Coefficient
+    """Of the KL, wherever it stands."""
+    entropy: Coefficient
+    """Of the entropy bonus."""
     reduction: ReductionName
-    group_size: int
-    """Completions per prompt, ``G``."""
     minibatch_size: int
     """Completions per optimizer step, over all ranks."""
     micro_batch_size: int
@@ -49,20 +62,10 @@ class Algorithm:
     epochs: int
     """Passes over each batch."""
     max_grad_norm: float
-    on_reward_error: ErrorPolicy
-    reward_time_limit: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Frozen:
-    """Log-probs that do not move during a step, ``[B, T]`` each."""
-
-    old: Tensor
-    reference: Tensor
-    """Equal to ``old`` when there is no reference (beta is 0)."""
-
-    def rows(self, index: Tensor | slice) -> Frozen:
-        return Frozen(old=self.old[index], reference=self.reference[index])
+    mask_truncated: bool
+    """Leave completions that were cut at the length limit out of the loss."""
+    top_entropy_quantile: float
+    """Share of the tokens, those with the highest entropy, that the policy loss is taken on; 1 for all."""
 
 
 class Stopwatch:
@@ -103,31 +106,42 @@ class Engine:
         self.algorithm = algorithm
         self.workers = workers
 
-    def step(self, prompts: Sequence[Prompt], *, step: int, seed: int) -> StepReport:
+    def step(self, prompts: Sequence[Prompt], *, step: int, seed: int, more: MorePrompts = no_more) -> StepReport:
         """One step on this rank's ``prompts``; ``seed`` fixes everything random in it.
+
+        Args:
+            more: the prompts of extra draws, for dynamic sampling.
 
         Raises:
             RewardError: a reward broke its contract.
-            PluginError: the advantage, the loss or the KL estimator returned another shape than it should.
+            PluginError: a component returned another shape than it should.
             RunFailed: the gradient is not finite.
         """
         part, watch, meter = self.algorithm, Stopwatch(), Meter()
-        rollouts = part.sampler.sample(self.policy, prompts, part.group_size, seed)
-        watch.lap("rollout")
-        scores = score(rollouts, part.rewards, on_error=part.on_reward_error, time_limit=part.reward_time_limit)
-        advantages = advantages_of(part.advantage, scores)
-        watch.lap("reward")
-        batch = collate(rollouts, advantages, pad_token_id=self.policy.tokenizer.pad_token_id).to(self.policy.device)
-        frozen = self.freeze(batch, meter)
+        rollouts, scores, drawn = part.drawing(self.policy, prompts, more, seed, watch.lap)
+        pad = self.policy.tokenizer.pad_token_id
+        batch = collate(rollouts, pad_token_id=pad, mask_truncated=part.mask_truncated).to(self.policy.device)
+        old, reference = self.freeze(batch, meter)
         watch.lap("logprobs")
+        scores = self.penalize(scores, batch, old.logprobs, reference, meter)
+        advantages = self.advantages(rollouts, scores)
+        frozen = Frozen(
+            old=old.logprobs,
+            reference=reference,
+            advantages=advantages.reshape(-1).to(batch.temperatures),
+            weights=self.high_entropy(old.entropy, batch.completion_mask),
+        )
+        watch.lap("reward")
         for rows in self.minibatches(batch.num_rows, seed):
             self.update(batch.rows(rows), frozen.rows(rows), rollouts.max_completion_length, meter)
-        part.sampler.sync(self.policy)
+        part.drawing.sampler.sync(self.policy)
         watch.lap("update")
-        totals = meter.totals | rollout_totals(rollouts, scores) | watch.totals()
+        totals = meter.totals | drawn | rollout_totals(rollouts, scores) | watch.totals()
+        metrics = effective_sample_size(averages(self.workers.sum_totals(totals))) | rollout_extremes(rollouts)
+        self.steer(metrics, batch.num_rows)
         return StepReport(
             step=step,
-            metrics=averages(self.workers.sum_totals(totals)) | rollout_extremes(rollouts),
+            metrics=metrics,
             rollouts=rollouts,
             scores=scores,
             advantages=advantages,
@@ -135,15 +149,66 @@ class Engine:
         )
 
     @torch.no_grad()
-    def freeze(self, batch: Batch, meter: Meter) -> Frozen:
-        """Old and reference log-probs of the whole batch."""
+    def freeze(self, batch: Batch, meter: Meter) -> tuple[TokenLogprobs, Tensor]:
+        """What the policy and the reference say of the whole batch before the policy moves."""
         micro = self.algorithm.micro_batch_size
         old = self.policy.frozen_logprobs(batch, micro)
         reference = old if self.reference is None else micro_batched(self.reference.logprobs, batch, micro)
-        total, count, largest = sampling_difference(batch, old)
+        total, count, largest = sampling_difference(batch, old.logprobs)
         meter.add("sampling/sampling_logp_difference/mean", total, count)
         meter.add("sampling/sampling_logp_difference/max", largest)
-        return Frozen(old=old, reference=reference)
+        return old, reference.logprobs
+
+    def penalize(self, scores: Scores, batch: Batch, old: Tensor, reference: Tensor, meter: Meter) -> Scores:
+        """``scores`` with the KL to the reference as one more reward, where the KL belongs in the reward.
+
+        ``R_i - beta * sum_t KL_t``: credited to the whole completion, so that a token answers for the KL of what
+        follows it, which no KL in the loss does (1909.08593).
+        """
+        if self.algorithm.kl_penalty is None:
+            return scores
+        mask = batch.completion_mask
+        data = {
+            "logprobs": old,
+            "ref_logprobs": reference,
+            "old_logprobs": old,
+            "sampling_logprobs": batch.sampling_logprobs.to(old.dtype),
+            "completion_mask": mask,
+        }
+        estimate = kl_of(self.algorithm.kl_penalty, data, mask.shape)
+        estimate = torch.where(mask, estimate, torch.zeros_like(estimate))
+        meter.add_tokens(mask, {"kl": estimate})
+        penalty = estimate.double().sum(dim=1).reshape(scores.rewards.shape[:2]).cpu()
+        return with_penalty(scores, "kl", penalty, self.algorithm.beta.value)
+
+    def advantages(self, rollouts: Rollouts, scores: Scores) -> Tensor:
+        """Advantages of this rank's rows, ``[P, G]``, computed on the rewards of all ranks."""
+        shape = scores.rewards.shape[:2]
+        completions = rollouts.flat()
+        lengths = torch.tensor([len(c.token_ids) for c in completions], dtype=torch.float64).reshape(shape)
+        temperatures = torch.tensor([c.temperature for c in completions], dtype=torch.float64).reshape(shape)
+        data = {
+            "rewards": self.workers.gather(scores.rewards),
+            "lengths": self.workers.gather(lengths),
+            "temperatures": self.workers.gather(temperatures),
+            "weights": scores.weights,
+        }
+        everyone = advantages_of(self.algorithm.advantage, data)
+        return everyone[self.workers.share(len(everyone))]
+
+    def high_entropy(self, entropy: Tensor, mask: Tensor) -> Tensor:
+        """1 for the tokens whose entropy is in the top quantile of all ranks' tokens, else 0, ``[B, T]``.
+
+        Entropy is that of the policy at the start of the step, so micro-batches do not change the choice (2506.01939
+        takes the current policy's). The other tokens stay in the denominator.
+        """
+        quantile = self.algorithm.top_entropy_quantile
+        if quantile >= 1.0:
+            return torch.ones_like(entropy)
+        values = self.workers.gather(entropy[mask]).sort(descending=True).values
+        threshold = values[min(max(math.ceil(quantile * len(values)), 1), len(values)) - 1] if len(values) else 0.0
+        # The first tokens of a group have one distribution, in rows that round differently: ties go in together.
+        return (entropy >= threshold * (1 - 1e-5)).to(entropy.dtype)
 
     def minibatches(self, num_rows: int, seed: int) -> Iterator[Tensor]:
         """Rows of each optimizer step: ``epochs`` passes, each in an order of its own drawn from ``seed``."""
@@ -161,7 +226,7 @@ class Engine:
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.algorithm.max_grad_norm))
         if not math.isfinite(norm):
             self.optimizer.zero_grad(set_to_none=True)
-            largest = float(batch.advantages.abs().max())
+            largest = float(frozen.advantages.abs().max())
             raise RunFailed(
                 f"the gradient norm is {norm} at optimizer step {self.policy.version + 1}, the largest |advantage| of "
                 f"its rows {largest:.3g}; the weights are unchanged",
@@ -176,55 +241,70 @@ class Engine:
 
     def accumulate(self, batch: Batch, frozen: Frozen, max_completion_length: int, meter: Meter) -> None:
         """Add the gradient of one optimizer step, one micro-batch at a time."""
+        part = self.algorithm
         counts = self.workers.sum_counts(count(batch.completion_mask, max_completion_length))
-        weights = token_weights(self.algorithm.reduction, batch.completion_mask, counts)
-        loss = 0.0
-        for rows in split(batch.num_rows, self.algorithm.micro_batch_size):
-            loss += self.backward(batch.rows(rows), frozen.rows(rows), weights[rows], meter)
+        weights = token_weights(part.reduction, batch.completion_mask, counts)
+        update = Update(
+            beta=part.beta.value,
+            entropy_coefficient=part.entropy.value,
+            seed=mix(self.policy.version, self.workers.rank),
+            is_unmoved=self.policy.version == 0,
+            meter=meter,
+        )
+        if part.objective.coupling == "batch" and batch.num_rows > part.micro_batch_size:
+            loss = self.backward_coupled(batch, frozen, weights, update)
+        else:
+            micro = split(batch.num_rows, part.micro_batch_size)
+            loss = sum(self.backward(batch.rows(r), frozen.rows(r), weights[r], update) for r in micro)
         # Every rank holds a part of the sum; the average over ranks of part times size is the whole.
         meter.add("loss", loss * self.workers.size)
 
-    def backward(self, batch: Batch, frozen: Frozen, weights: Tensor, meter: Meter) -> float:
+    def backward(self, batch: Batch, frozen: Frozen, weights: Tensor, update: Update) -> float:
         """Add the gradient of one micro-batch; returns its part of the loss."""
-        current = self.policy.logprobs(batch)
-        inputs = loss_inputs(batch, current.logprobs, frozen.old)
-        policy_loss, metrics = loss_of(self.algorithm.loss, inputs)
-        kl = self.kl(current.logprobs, frozen.reference, batch.completion_mask)
-        loss = reduce(policy_loss + self.algorithm.beta * kl, weights)
-        loss.backward()  # type: ignore[no-untyped-call]
-        meter.add_tokens(batch.completion_mask, {**metrics, "entropy": current.entropy})
-        if self.reference is not None:
-            meter.add_tokens(batch.completion_mask, {"kl": kl})
-        if self.policy.version == 0:
-            # An unmoved policy has ratio 1 and KL 0; anything else is a fault in temperatures, masks or padding.
-            meter.largest("invariant/ratio_dev_step0", float((inputs.ratio.detach() - 1).abs().max()))
-            if self.reference is not None:
-                meter.largest("invariant/kl_step0", float(kl.detach().abs().max()))
+        objective = self.algorithm.objective
+        if objective.needs_distributions:
+            assert self.reference is not None
+            current, distribution = self.policy.distributions(batch)
+            with torch.no_grad():
+                _, ref_distribution = self.reference.distributions(batch)
+            distributions = {"distribution": distribution, "ref_distribution": ref_distribution}
+            loss = objective(batch, frozen, weights, current, update, distributions)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return float(loss.detach())
+
+        def on_rows(rows: slice, current: TokenLogprobs) -> Tensor:
+            return objective(batch.rows(rows), frozen.rows(rows), weights[rows], current, update)
+
+        return self.policy.backward(batch, on_rows)
+
+    def backward_coupled(self, batch: Batch, frozen: Frozen, weights: Tensor, update: Update) -> float:
+        """As `backward`, for a loss that looks at every row of the optimizer step at once.
+
+        The objective is taken on the log-probs of all rows; its gradient with respect to them is then driven through
+        the model in micro-batches, so that their size changes nothing. Costs one forward pass more.
+        """
+        micro = self.algorithm.micro_batch_size
+        whole = self.policy.frozen_logprobs(batch, micro)
+        logprobs, entropy = whole.logprobs.requires_grad_(), whole.entropy.requires_grad_()
+        current = TokenLogprobs(logprobs=logprobs, entropy=entropy)
+        loss = self.algorithm.objective(batch, frozen, weights, current, update)
+        gradients = torch.autograd.grad(loss, [logprobs, entropy], allow_unused=True, materialize_grads=True)
+        for rows in split(batch.num_rows, micro):
+            upstream = [gradient[rows] for gradient in gradients]
+
+            def drive(part: slice, current: TokenLogprobs, upstream: list[Tensor] = upstream) -> Tensor:
+                return (upstream[0][part] * current.logprobs + upstream[1][part] * current.entropy).sum()
+
+            self.policy.backward(batch.rows(rows), drive)
         return float(loss.detach())
 
-    def kl(self, logprobs: Tensor, ref_logprobs: Tensor, completion_mask: Tensor) -> Tensor:
-        """Per-token KL estimate to the reference, ``[b, T]``; 0 where masked, and without a reference (beta is 0).
-
-        Masked positions are made equal *before* the estimator: its exp could overflow there, and the gradient of a
-        value that is replaced afterwards is still ``0 * inf = NaN``.
-        """
-        if self.reference is None:
-            return torch.zeros_like(logprobs)
-        nothing = torch.zeros_like(logprobs)
-        estimate = kl_of(
-            self.algorithm.kl,
-            torch.where(completion_mask, logprobs, nothing),
-            torch.where(completion_mask, ref_logprobs, nothing),
-        )
-        return torch.where(completion_mask, estimate, nothing)
-
-
-def loss_inputs(batch: Batch, logprobs: Tensor, old_logprobs: Tensor) -> LossInputs:
-    """What the loss sees of a micro-batch, in the dtype of ``logprobs``."""
-    return LossInputs(
-        logprobs=logprobs,
-        old_logprobs=old_logprobs,
-        sampling_logprobs=batch.sampling_logprobs.to(logprobs.dtype),
-        advantages=batch.advantages.to(logprobs.dtype)[:, None].expand_as(logprobs),
-        completion_mask=batch.completion_mask,
-    )
+    def steer(self, metrics: dict[str, float], num_rows: int) -> None:
+        """Let the coefficients follow what the step measured, and report those it used."""
+        part, num_rows = self.algorithm, num_rows * self.workers.size
+        for name, coefficient, measured in (("beta", part.beta, "kl"), ("entropy_coef", part.entropy, "entropy")):
+            if not isinstance(coefficient, Steered) or measured not in metrics:
+                continue
+            metrics[f"coefficient/{name}"] = coefficient.value
+            # A step without a token measures nothing, and a coefficient that is no number would stay so.
+            if not math.isnan(metrics[measured]):
+                coefficient.update(metrics[measured], num_rows)

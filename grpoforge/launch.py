@@ -30,6 +30,7 @@ from grpoforge.seeds import seed_everything
 from grpoforge.sources import is_path
 from grpoforge.trainer import Trainer
 from grpoforge.types import RunSummary
+from grpoforge_kernels import certify
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,10 @@ def _load_policy(config: Config, host: PluginHost, workers: Workers) -> Policy:
     check_workers(config, workers)
     # A new adapter is drawn at random.
     seed_everything(config.seed)
-    return load_policy(config, host)
+    policy = load_policy(config, host)
+    # Before the first step, on every rank: a kernel that is wrong on this machine is not used.
+    certify.ensure(policy.device.type)
+    return policy
 
 
 def _held(run_dir: RunDir, workers: Workers) -> contextlib.AbstractContextManager[None]:

@@ -16,7 +16,7 @@ from grpoforge.errors import ConfigError, suggest
 
 SEE_DEFAULTS = "see `grpoforge recipes show tiny-math --json` for every key"
 
-KEPT_ON_RENAME: Mapping[tuple[str, ...], tuple[str, ...]] = {("kl",): ("beta",)}
+KEPT_ON_RENAME: Mapping[tuple[str, ...], tuple[str, ...]] = {("kl",): ("beta", "placement", "target", "horizon")}
 """Keys beside a component that are not its options: they stay when another component takes its place."""
 
 
@@ -26,6 +26,22 @@ def build(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> Config:
     Raises:
         ConfigError: an unknown key (nearest suggested), a wrong type, or numbers that cannot work together.
     """
+    merged, places = merge(layers)
+    origins = Origins(places)
+    try:
+        config = Config.model_validate(merged).with_origins(origins)
+    except ValidationError as failure:
+        raise _explain(failure, merged, origins) from None
+    check_batch(config)
+    return config
+
+
+def merge(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
+    """``(origin, values)`` layers as one mapping, later ones winning, not validated; and where each key came from.
+
+    Raises:
+        ConfigError: a layer changes a part that is not there.
+    """
     # The default lists of parts lie below everything, so that `trackers.console.x` has something to change.
     merged: Any = Config().model_dump(include={"rewards", "trackers"})
     places: dict[tuple[str, ...], str] = {}
@@ -34,13 +50,10 @@ def build(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> Config:
         merged = _merge(merged, values, (), origin)
         for path in _leaves(values):
             places[path] = origin
-    origins = Origins(places)
-    try:
-        config = Config.model_validate(merged).with_origins(origins)
-    except ValidationError as failure:
-        raise _explain(failure, merged, origins) from None
-    check_batch(config)
-    return config
+            if len(path) > 1 and path[0] == "corrections":
+                # `corrections.tis.cap=2` chooses `tis`, if nothing did before.
+                places.setdefault((*path[:2], "name"), origin)
+    return merged, places
 
 
 def _in_full(values: Mapping[str, Any], below: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,10 +142,9 @@ def _explain(failure: ValidationError, merged: Any, origins: Origins) -> ConfigE
     """The first validation error as one line that names the key, the value and where it came from."""
     error = failure.errors()[0]
     path, model = _locate(error["loc"], merged)
-    key, place = ".".join(path), origins.of(*path)
+    key, place = ".".join(path), origins.of(*path) or _first_below(path, origins)
     if error["type"] == "extra_forbidden":
         known = list(model.model_fields) if model else []
-        place = place or _first_below(path, origins)
         return ConfigError(f"unknown key `{key}`{place}", suggest(path[-1], known) if known else SEE_DEFAULTS)
     if error["type"] == "value_error" and not path:
         return ConfigError(f"{error['ctx']['error']}{origins.of('rewards')}", "name one with `--reward NAME`")
@@ -140,6 +152,8 @@ def _explain(failure: ValidationError, merged: Any, origins: Origins) -> ConfigE
         return ConfigError(f"`{key}` is missing{place}", _describe(model, path[-1]))
     shown = f"`{key}` is {_show(error['input'])}{place}"
     if error["type"] in ("model_type", "dict_type"):
+        if isinstance(error["input"], str) and path[-1].isdigit():
+            return ConfigError(f"{shown}: it holds keys and values", f"write `{{name: {error['input']}}}`")
         example = "name" if issubclass(_section_at(path) or Config, Part) else "KEY"
         return ConfigError(f"{shown}: it holds keys and values", f"set one of its keys, e.g., `{key}.{example}`")
     if error["type"] == "value_error":
@@ -149,7 +163,7 @@ def _explain(failure: ValidationError, merged: Any, origins: Origins) -> ConfigE
 
 
 def _first_below(path: tuple[str, ...], origins: Origins) -> str:
-    """Where a section that does not exist came from: the layer that set the first key in it."""
+    """Where a section that no layer set as a whole came from: the layer that set the first key in it."""
     return next((origins.of(*key) for key in origins.by_key if key[: len(path)] == path), "")
 
 

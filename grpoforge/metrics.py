@@ -45,6 +45,18 @@ def averages(totals: Mapping[str, tuple[float, float]]) -> dict[str, float]:
     return {name: total / count if count else float("nan") for name, (total, count) in totals.items()}
 
 
+def effective_sample_size(metrics: Mapping[str, float]) -> dict[str, float]:
+    """``metrics`` with ``sampling/ess`` in place of the mean square of the correction weights.
+
+    ``(sum w)^2 / (N sum w^2)``: 1 when all are equal, ``1 / N`` when one has all the weight.
+    """
+    metrics = dict(metrics)
+    square = metrics.pop("correction/square", None)
+    if square is not None:
+        metrics["sampling/ess"] = metrics["correction/mean"] ** 2 / square if square else 0.0
+    return metrics
+
+
 def _mean(values: Iterable[float]) -> tuple[float, float]:
     listed = list(values)
     return sum(listed), float(len(listed))

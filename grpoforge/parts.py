@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grpoforge.combinations import check_together
 from grpoforge.config import Config, DataConfig, Origins, Part, RewardPart
 from grpoforge.data import columns_of, hold_out, rename_columns, usable
 from grpoforge.errors import ConfigError, DataError, GrpoforgeError, PluginError, first_line, suggest
@@ -72,6 +73,7 @@ class Parts:
     advantage: Chosen
     loss: Chosen
     kl: Chosen
+    corrections: tuple[Chosen, ...]
     trackers: tuple[tuple[str, Chosen], ...]
     train_rows: tuple[Row, ...]
     eval_rows: tuple[Row, ...]
@@ -88,6 +90,14 @@ def resolve(config: Config, host: PluginHost) -> Parts:
     measured, correctness = choose_measured(config, host)
     origins = config.origins
     parts = {kind: choose(kind, part, host, origins, (kind,)) for kind, part in _single_parts(config).items()}
+    corrections = [choose("correction", one, host, origins, ("corrections", one.name)) for one in config.corrections]
+    check_together(
+        config,
+        _built(parts["advantage"], origins, "advantage"),
+        _built(parts["loss"], origins, "loss"),
+        _built(parts["kl"], origins, "kl"),
+        tuple((one.component.name, _built(one, origins, "corrections", one.component.name)) for one in corrections),
+    )
     trackers = tuple(
         (part.name, choose("tracker", part, host, origins, ("trackers", part.name))) for part in config.trackers
     )
@@ -96,10 +106,8 @@ def resolve(config: Config, host: PluginHost) -> Parts:
         rewards=measured[: len(config.rewards)],
         measured=measured,
         correctness=correctness.name,
-        sampler=parts["sampler"],
-        advantage=parts["advantage"],
-        loss=parts["loss"],
-        kl=parts["kl"],
+        **parts,
+        corrections=tuple(corrections),
         trackers=trackers,
         train_rows=tuple(train_rows),
         eval_rows=tuple(eval_rows),
@@ -124,13 +132,25 @@ def choose(kind: Kind, part: Part, host: PluginHost, origins: Origins = NOWHERE,
 
 
 def _with_options(component: Component, options: Mapping[str, Any], origins: Origins, path: Sequence[str]) -> Chosen:
-    try:
+    with _from_option(origins, path):
         component.validate(options)
+    return Chosen(component, options)
+
+
+def _built(chosen: Chosen, origins: Origins, *path: str) -> Any:
+    with _from_option(origins, path):
+        return chosen.build()
+
+
+@contextlib.contextmanager
+def _from_option(origins: Origins, path: Sequence[str]) -> Iterator[None]:
+    """Errors from inside say where the option that they name first came from, or else the component's name."""
+    try:
+        yield
     except ConfigError as error:
-        named = re.search(r"option `(\w+)", error.message)
+        named = re.search(r"options? `(\w+)", error.message)
         with _from(origins.of(*path, named[1] if named else "name")):
             raise
-    return Chosen(component, options)
 
 
 @contextlib.contextmanager

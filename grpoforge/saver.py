@@ -101,7 +101,7 @@ class Saver:
                 "resume with the model, the components and the version that the run was started with",
             ) from error
         self._restore_best(progress)
-        self.engine.algorithm.sampler.sync(self.engine.policy)
+        self.engine.algorithm.drawing.sampler.sync(self.engine.policy)
         return progress
 
     def _restore_optimizer(self, saved: dict[str, Any], num_updates: int) -> None:

@@ -161,10 +161,14 @@ class Trainer:
         start = time.perf_counter()
         step = self.progress.step
         workers = self.engine.workers
-        prompts = self.train.at_step(step, self.schedule.prompts_per_step)[
-            workers.share(self.schedule.prompts_per_step)
-        ]
-        report = self.engine.step(prompts, step=step + 1, seed=mix(self.schedule.seed, step, workers.rank))
+        size = self.schedule.prompts_per_step
+        share = workers.share(size)
+        report = self.engine.step(
+            self.train.at_step(step, size)[share],
+            step=step + 1,
+            seed=mix(self.schedule.seed, step, workers.rank),
+            more=lambda draw: self.train.extra(step, draw, size)[share],
+        )
         seconds = time.perf_counter() - start
         self.progress.step += 1
         self.progress.seconds += seconds

@@ -10,9 +10,14 @@ import pytest
 import torch
 from hypothesis import settings
 
+from grpoforge.binding import bind
+from grpoforge.coefficients import Constant
 from grpoforge.distributed import Workers
+from grpoforge.drawing import Drawing
 from grpoforge.engine import Algorithm, Engine
-from grpoforge.policy import Policy, Precision
+from grpoforge.objective import Frozen, Objective
+from grpoforge.policy import Policy
+from grpoforge.precision import Precision
 from grpoforge.types import Completion, PolicyView, Prompt, Rollouts
 from grpoforge_plugins.advantages.group import group
 from grpoforge_plugins.kl.schulman import k3
@@ -146,6 +151,25 @@ class GivenRollouts:
         self.num_syncs += 1
 
 
+SAME = (
+    *("reduction", "minibatch_size", "micro_batch_size", "epochs", "max_grad_norm"),
+    *("mask_truncated", "top_entropy_quantile"),
+)
+"""Fields of the algorithm that tests give by the same name."""
+
+
+def as_coefficient(value: Any) -> Any:
+    """A number as a constant coefficient; a coefficient as it is."""
+    return Constant(value) if isinstance(value, float | int) else value
+
+
+def make_frozen(old: torch.Tensor, reference: torch.Tensor, advantages: torch.Tensor) -> Frozen:
+    """Frozen log-probs ``[B, T]`` with advantages ``[P, G]``, every token weighing 1."""
+    return Frozen(
+        old=old, reference=reference, advantages=advantages.reshape(-1).double(), weights=torch.ones_like(old)
+    )
+
+
 def make_engine(policy: Policy, *, learning_rate: float = 0.01, **choices: Any) -> Engine:
     """An engine around ``policy``; ``choices`` override the parts of the algorithm and of the engine."""
     engine = {name: choices.pop(name) for name in ("reference", "workers", "optimizer") if name in choices}
@@ -163,16 +187,41 @@ def make_engine(policy: Policy, *, learning_rate: float = 0.01, **choices: Any) 
         "micro_batch_size": 64,
         "epochs": 1,
         "max_grad_norm": 1e9,
-        "on_reward_error": "stop",
-        "reward_time_limit": 60.0,
+        "mask_truncated": False,
+        "top_entropy_quantile": 1.0,
+        "max_extra_draws": 0,
+        "corrections": (),
+        "entropy": 0.0,
+        "kl_in_reward": False,
     }
     assert set(choices) <= set(parts), sorted(set(choices) - set(parts))
+    chosen = parts | choices
+    kl = bind("kl", chosen["kl"]) if engine.get("reference") is not None else None
     return Engine(
         policy=policy,
         reference=engine.get("reference"),
         optimizer=optimizer,
         schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),
-        algorithm=Algorithm(**(parts | choices)),
+        algorithm=Algorithm(
+            drawing=Drawing(
+                sampler=chosen["sampler"],
+                rewards=chosen["rewards"],
+                group_size=chosen["group_size"],
+                max_extra_draws=chosen["max_extra_draws"],
+                on_reward_error="stop",
+                reward_time_limit=60.0,
+            ),
+            advantage=bind("advantage", chosen["advantage"]),
+            objective=Objective(
+                loss=chosen["loss"],
+                kl=None if chosen["kl_in_reward"] else kl,
+                corrections=[bind("correction", one) for one in chosen["corrections"]],
+            ),
+            kl_penalty=kl if chosen["kl_in_reward"] else None,
+            beta=as_coefficient(chosen["beta"]),
+            entropy=as_coefficient(chosen["entropy"]),
+            **{name: chosen[name] for name in SAME},
+        ),
         workers=engine.get("workers", Workers()),
     )
 
@@ -206,6 +255,11 @@ def _make_prompts() -> Callable[..., tuple[Prompt, ...]]:
 @pytest.fixture(scope="session", name="make_rollouts")
 def _make_rollouts() -> Callable[..., Rollouts]:
     return make_rollouts
+
+
+@pytest.fixture(scope="session", name="make_frozen")
+def _make_frozen() -> Callable[..., Frozen]:
+    return make_frozen
 
 
 @pytest.fixture(scope="session", name="make_engine")

@@ -64,13 +64,6 @@ def test_large_batches_are_answered_at_once() -> None:
     assert refusal(config)[1] == "use `--set batch.minibatch_size=1` or `--set batch.minibatch_size=999979`"
 
 
-def test_a_group_of_one() -> None:
-    assert refusal(batch(4, 1)) == (
-        "`batch.completions_per_prompt` is 1: a group of one has no baseline",
-        "use at least 2 (8 is common)",
-    )
-
-
 def test_a_micro_batch_larger_than_a_minibatch() -> None:
     assert refusal(batch(4, 6, minibatch_size=8, micro_batch_size=9)) == (
         "`batch.micro_batch_size` is 9, more than the 8 completions of a minibatch",

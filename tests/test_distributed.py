@@ -5,6 +5,7 @@ This file is also the program that the two processes run.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import runpy
@@ -18,11 +19,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from grpoforge.assembly import check_coupling
+from grpoforge.coefficients import AdaptiveEntropy, AdaptiveKL
 from grpoforge.collate import collate
 from grpoforge.distributed import Workers, start_workers, stop_workers
-from grpoforge.engine import Frozen
+from grpoforge.errors import ConfigError
 from grpoforge.metrics import Meter, averages
 from grpoforge.reduction import REDUCTIONS, Counts
+from grpoforge.scoring import BoundReward
+from grpoforge_plugins.advantages.batch import batch_std, gdpo, reinforce_pp, reinforce_pp_baseline
+from grpoforge_plugins.advantages.group import gpg
+from grpoforge_plugins.corrections.mask import opsm
+from grpoforge_plugins.corrections.truncate import tis
+from grpoforge_plugins.kl.full import full
+from grpoforge_plugins.kl.schulman import k1
+from grpoforge_plugins.losses.clip import Clip
+from grpoforge_plugins.losses.covariance import KLCov
 
 PROMPTS = [[5, 9, 3, 12], [7], [4, 4, 21], [6, 2]]
 COMPLETIONS: list[list[list[int]]] = [
@@ -35,24 +47,122 @@ COMPLETIONS: list[list[list[int]]] = [
 NOTHING_LATE: list[list[list[int]]] = [*COMPLETIONS[:2], [[], []], [[], []]]
 ADVANTAGES = [[0.7, -0.7], [0.2, -0.2], [-1.1, 1.1], [0.4, -0.4]]
 CASES = {"whole": COMPLETIONS, "nothing-late": NOTHING_LATE}
+STEPS: dict[str, dict[str, Any]] = {
+    "batch_std": {"advantage": batch_std},
+    "gdpo": {"advantage": gdpo},
+    "reinforce_pp": {"advantage": reinforce_pp},
+    "reinforce_pp_baseline": {"advantage": reinforce_pp_baseline},
+    "gpg": {"advantage": gpg},
+    "KL in the reward, steered": {
+        "advantage": batch_std,
+        "kl": k1,
+        "kl_in_reward": True,
+        "beta": AdaptiveKL(0.4, target=0.01, horizon=40),
+    },
+    "KL of the whole vocabulary": {"kl": full, "beta": 0.2},
+    "tokens of high entropy": {"top_entropy_quantile": 0.44},
+    "corrections, truncated rows masked": {"corrections": (tis, opsm), "mask_truncated": True, "beta": 0.1},
+    "entropy bonus, several minibatches": {
+        "entropy": AdaptiveEntropy(0.02, target=9.0, delta=0.005, maximum=1.0),
+        "epochs": 2,
+    },
+}
+"""Whole steps, each with something that is computed over the rows of all processes."""
+
+
+def num_tokens(completion_ids: list[list[int]]) -> list[float]:
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def share_of_large(completion_ids: list[list[int]]) -> list[float | None]:
+    """Abstains where there is no token."""
+    return [sum(i > 8 for i in ids) / len(ids) if ids else None for ids in completion_ids]
+
+
+REWARDS = [
+    BoundReward(name="tokens", function=num_tokens, data=("completion_ids",), weight=0.3),
+    BoundReward(name="large", function=share_of_large, data=("completion_ids",), weight=1.0),
+]
+
+
+def take_steps(build: dict[str, Any], workers: Workers) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Weights after each of `STEPS`, advantages and rewards of all processes, and metrics."""
+    tensors: dict[str, torch.Tensor] = {}
+    metrics: dict[str, Any] = {}
+    share = workers.share(len(PROMPTS))
+    start = torch.cat([parameter.detach().flatten() for parameter in build["tiny_model"](0).parameters()])
+    for case, completions in CASES.items():
+        rollouts = build["make_rollouts"](PROMPTS[share], completions[share])
+        for step, choices in STEPS.items():
+            policy, name = build["tiny_policy"](0), f"{case}/{step}"
+            engine = build["make_engine"](
+                policy,
+                reference=build["tiny_policy"](2),
+                workers=workers,
+                sampler=build["GivenRollouts"](rollouts),
+                rewards=REWARDS,
+                micro_batch_size=3,
+                **copy.deepcopy(choices),
+            )
+            report = engine.step(rollouts.prompts, step=1, seed=7)
+            tensors[name] = torch.cat([parameter.detach().flatten() for parameter in policy.trainable()])
+            tensors[f"{name}/moved"] = tensors[name] - start
+            tensors[f"{name}/advantages"] = workers.gather(report.advantages)
+            tensors[f"{name}/rewards"] = workers.gather(report.scores.rewards).nan_to_num(nan=-99.0)
+            metrics[name] = {
+                **report.metrics,
+                "beta": engine.algorithm.beta.value,
+                "bonus": engine.algorithm.entropy.value,
+            }
+    return tensors, metrics
+
+
+def gather_ragged(build: dict[str, Any], workers: Workers) -> dict[str, torch.Tensor]:
+    """Rows of every process, of which there are not equally many; and the tokens of highest entropy."""
+    num_rows = 4 - 3 * workers.rank
+    rows = torch.arange(2 * num_rows, dtype=torch.float64).reshape(num_rows, 2) + 100 * workers.rank
+    share = workers.share(len(PROMPTS))
+    batch = collate(build["make_rollouts"](PROMPTS[share], COMPLETIONS[share]), pad_token_id=0)
+    mask = batch.completion_mask
+    engine = build["make_engine"](build["tiny_policy"](0), workers=workers, top_entropy_quantile=0.3)
+    entropy = engine.policy.frozen_logprobs(batch, 3).entropy
+    return {
+        "rows": workers.gather(rows),
+        "whole numbers": workers.gather(torch.arange(3 * workers.rank)),
+        "entropy": workers.gather(entropy[mask]),
+        "high": workers.gather(engine.high_entropy(entropy, mask)[mask]),
+    }
 
 
 def take_part(workers: Workers) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Gradients, metrics and updated weights of this process's share of every case."""
     build = runpy.run_path(str(Path(__file__).parent / "conftest.py"))
+    tensors, metrics = take_updates(build, workers)
+    steps, reports = take_steps(build, workers)
+    gathered = gather_ragged(build, workers)
+    tensors |= {f"step/{name}": tensor for name, tensor in steps.items()}
+    tensors |= {f"gathered/{name}": tensor for name, tensor in gathered.items()}
+    metrics |= {f"step/{name}": report for name, report in reports.items()}
+    return tensors, metrics
+
+
+def take_updates(build: dict[str, Any], workers: Workers) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Gradients, metrics and updated weights of one optimizer step for every case and reduction."""
     tensors: dict[str, torch.Tensor] = {}
     metrics: dict[str, Any] = {}
     share = workers.share(len(PROMPTS))
     for case, completions in CASES.items():
         rollouts = build["make_rollouts"](PROMPTS[share], completions[share])
-        batch = collate(rollouts, torch.tensor(ADVANTAGES, dtype=torch.float64)[share], pad_token_id=0)
+        batch = collate(rollouts, pad_token_id=0)
         for reduction in sorted(REDUCTIONS):
             policy, reference = build["tiny_policy"](0), build["tiny_policy"](2)
             engine = build["make_engine"](
                 policy, reference=reference, beta=0.1, reduction=reduction, micro_batch_size=3, workers=workers
             )
-            frozen = engine.freeze(batch, Meter())
-            frozen = Frozen(old=build["tiny_policy"](1).frozen_logprobs(batch, 8), reference=frozen.reference)
+            with torch.no_grad():
+                old = build["tiny_policy"](1).logprobs(batch).logprobs
+            advantages = torch.tensor(ADVANTAGES, dtype=torch.float64)[share]
+            frozen = build["make_frozen"](old, engine.freeze(batch, Meter())[1], advantages)
             meter = Meter()
             engine.update(batch, frozen, rollouts.max_completion_length, meter)
             name = f"{case}/{reduction}"
@@ -100,11 +210,54 @@ def one() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def test_gradients_and_weights_are_those_of_one_process(one: Any, two: Any) -> None:
-    assert len(one[0]) == 16
-    for name, expected in one[0].items():
+    updates = {name: tensor for name, tensor in one[0].items() if not name.startswith(("step/", "gathered/"))}
+    assert len(updates) == 16
+    for name, expected in updates.items():
         assert float(expected.norm()) > 0.1
         for tensors, _ in two:
             assert float((tensors[name] - expected).norm() / expected.norm()) <= 1e-12, name
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("case", CASES)
+def test_a_whole_step_is_that_of_one_process(case: str, step: str, one: Any, two: Any) -> None:
+    name = f"step/{case}/{step}"
+    assert float(one[0][f"{name}/moved"].norm()) > 1e-6, "a step that does not move would prove nothing"
+    for tensors, metrics in two:
+        for part in ("", "/advantages", "/rewards"):
+            torch.testing.assert_close(tensors[name + part], one[0][name + part], rtol=0, atol=1e-12)
+        alone, reported = one[1][name], metrics[name]
+        compared = {
+            "loss",
+            "entropy",
+            "grad_norm",
+            "reward",
+            "beta",
+            "bonus",
+            "rewards/large/mean",
+            "kl",
+            "sampling/ess",
+        }
+        compared |= {"coefficient/beta", "coefficient/entropy_coef", "correction/mean", "frac_reward_zero_std"}
+        shared = compared & set(alone)
+        assert set(reported) == set(alone) and len(shared) >= 7
+        assert {key: reported[key] for key in shared} == pytest.approx(
+            {key: alone[key] for key in shared}, rel=1e-11, abs=1e-14, nan_ok=True
+        )
+
+
+def test_rows_of_all_processes_are_gathered_in_order(one: Any, two: Any) -> None:
+    for tensors, _ in two:
+        assert tensors["gathered/rows"].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7], [100, 101]]
+        assert tensors["gathered/whole numbers"].tolist() == [0, 1, 2], "one process had none"
+        torch.testing.assert_close(tensors["gathered/entropy"], one[0]["gathered/entropy"], rtol=0, atol=1e-12)
+
+
+def test_the_tokens_of_highest_entropy_are_those_of_all_processes(one: Any, two: Any) -> None:
+    alone = one[0]["gathered/high"]
+    assert len(alone) == 25 and float(alone.sum()) == 8, "3 of 10, rounded up"
+    for tensors, _ in two:
+        assert tensors["gathered/high"].equal(alone)
 
 
 def test_all_processes_hold_the_same_weights_bit_for_bit(two: Any) -> None:
@@ -139,6 +292,17 @@ def test_one_process_needs_no_peers() -> None:
 def test_prompts_are_shared_without_overlap() -> None:
     assert [Workers(rank, 3).share(6) for rank in range(3)] == [slice(0, 2), slice(2, 4), slice(4, 6)]
     assert [Workers(rank, 3).is_main for rank in range(3)] == [True, False, False]
+
+
+def test_a_loss_that_looks_at_every_row_needs_one_process() -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_coupling(KLCov(), "kl_cov", Workers(rank=1, size=2))
+    assert refused.value.message == (
+        "loss `kl_cov` looks at every completion of an optimizer step, and each of 2 processes holds a part"
+    )
+    assert refused.value.hint == "use one process, or another loss"
+    check_coupling(KLCov(), "kl_cov", Workers())
+    check_coupling(Clip(), "clip", Workers(rank=1, size=2))
 
 
 @pytest.mark.parametrize(("cuda", "calls"), [(True, ["device 1", "nccl"]), (False, ["gloo"])])

@@ -11,11 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from grpoforge.binding import bind
 from grpoforge.collate import collate, split
-from grpoforge.engine import Engine, Frozen
+from grpoforge.engine import Engine
 from grpoforge.errors import PluginError, RunFailed
 from grpoforge.metrics import Meter
-from grpoforge.policy import Policy, Precision
+from grpoforge.objective import Frozen, kl_term
+from grpoforge.policy import Policy
+from grpoforge.precision import Precision
 from grpoforge.reduction import REDUCTIONS, count, reduce, token_weights
 from grpoforge.scoring import BoundReward
 from grpoforge.types import LossInputs, PolicyView, Prompt, Rollouts
@@ -125,10 +128,8 @@ def test_step_0_under_bf16_autocast(
 def test_masked_positions_reach_neither_loss_nor_gradient(
     garbage: float,
     estimator: Any,
-    tiny_policy: Callable[..., Policy],
-    make_engine: Callable[..., Engine],
+    make_frozen: Callable[..., Frozen],
 ) -> None:
-    engine = make_engine(tiny_policy(), reference=tiny_policy(), kl=estimator, beta=0.5)
     mask = torch.tensor([[True, True, False], [True, False, False]])
 
     def loss_and_gradient(masked: float) -> tuple[Tensor, Tensor]:
@@ -140,10 +141,12 @@ def test_masked_positions_reach_neither_loss_nor_gradient(
             sampling_logprobs=torch.full_like(logprobs, -1.1),
             advantages=torch.tensor([[1.0] * 3, [-0.5] * 3], dtype=torch.float64),
             completion_mask=mask,
+            entropy=torch.zeros_like(logprobs),
         )
-        kl = engine.kl(logprobs, torch.full_like(logprobs, -0.7), mask)
+        frozen = make_frozen(inputs.old_logprobs, torch.full_like(logprobs, -0.7), torch.zeros(2))
+        kl = kl_term(bind("kl", estimator), frozen, inputs, None)
         weights = token_weights("sequence", mask, count(mask, 3))
-        loss = reduce(Clip()(inputs)[0] + engine.algorithm.beta * kl, weights)
+        loss = reduce(Clip()(inputs)[0] + 0.5 * kl, weights)
         return loss.detach(), torch.autograd.grad(loss, logprobs)[0]
 
     clean, dirty = loss_and_gradient(0.0), loss_and_gradient(garbage)
@@ -161,14 +164,18 @@ def test_garbage_in_frozen_logprobs_where_masked_changes_no_weight_gradient(
     make_engine: Callable[..., Engine],
     make_rollouts: Callable[..., Rollouts],
     flat_gradient: Callable[[Policy], Tensor],
+    make_frozen: Callable[..., Frozen],
 ) -> None:
     policy = tiny_policy()
     engine = make_engine(policy, reference=tiny_policy(2), beta=0.1, reduction=reduction)
-    batch = collate(make_rollouts(PROMPTS, COMPLETIONS), torch.tensor([[1.0, -1.0]] * 3), pad_token_id=0)
+    batch = collate(make_rollouts(PROMPTS, COMPLETIONS), pad_token_id=0)
+    with torch.no_grad():
+        logprobs = policy.logprobs(batch).logprobs
     found = []
     for value in (0.0, garbage):
-        old = torch.where(batch.completion_mask, policy.frozen_logprobs(batch, 8) + 0.1, value)
-        engine.accumulate(batch, Frozen(old=old, reference=torch.where(batch.completion_mask, old, value)), 8, Meter())
+        old = torch.where(batch.completion_mask, logprobs + 0.1, value)
+        reference = torch.where(batch.completion_mask, old, value)
+        engine.accumulate(batch, make_frozen(old, reference, torch.tensor([[1.0, -1.0]] * 3)), 8, Meter())
         found.append(flat_gradient(policy))
     assert bool(found[1].isfinite().all()) and float(found[0].norm()) > 0
     assert torch.equal(found[0], found[1])
@@ -179,15 +186,16 @@ def test_rows_without_tokens_weigh_nothing(
     make_engine: Callable[..., Engine],
     make_rollouts: Callable[..., Rollouts],
     flat_gradient: Callable[[Policy], Tensor],
+    make_frozen: Callable[..., Frozen],
 ) -> None:
     policy = tiny_policy()
     found = []
     for completions in ([[[3, 8, 1], [4, 9]]], [[[3, 8, 1], [4, 9], [], []]]):
         engine = make_engine(policy, reduction="sequence", micro_batch_size=2, reference=tiny_policy(2), beta=0.1)
         advantages = torch.tensor([[1.0, -0.5, 2.0, 2.0][: len(completions[0])]])
-        batch = collate(make_rollouts([[5, 9]], completions), advantages, pad_token_id=0)
-        frozen = engine.freeze(batch, Meter())
-        engine.accumulate(batch, frozen, 8, Meter())
+        batch = collate(make_rollouts([[5, 9]], completions), pad_token_id=0)
+        old, reference = engine.freeze(batch, Meter())
+        engine.accumulate(batch, make_frozen(old.logprobs, reference, advantages), 8, Meter())
         found.append(flat_gradient(policy))
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-14)
 

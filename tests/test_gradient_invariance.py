@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from grpoforge.collate import PaddingSide, collate
-from grpoforge.engine import Engine, Frozen
+from grpoforge.engine import Engine
 from grpoforge.metrics import Meter
+from grpoforge.objective import Frozen
 from grpoforge.policy import Policy, micro_batched
 from grpoforge.reduction import REDUCTIONS
 from grpoforge.types import Rollouts
@@ -68,6 +69,7 @@ def gradient(
     make_engine: Callable[..., Engine],
     make_rollouts: Callable[..., Rollouts],
     flat_gradient: Callable[[Policy], Tensor],
+    make_frozen: Callable[..., Frozen],
 ) -> Callable[..., tuple[float, Tensor]]:
     """Loss and gradient of one optimizer step, by the engine."""
     current, old, reference = policies
@@ -79,10 +81,12 @@ def gradient(
             current, reference=reference, beta=beta, reduction=reduction, micro_batch_size=micro, minibatch_size=64
         )
         rollouts = make_rollouts(case["prompts"], case["completions"], case["temperatures"])
-        batch = collate(rollouts, advantages(case["rewards"]), pad_token_id=0, **pad)
+        batch = collate(rollouts, pad_token_id=0, **pad)
         with torch.no_grad():
-            frozen = Frozen(
-                old=micro_batched(old.logprobs, batch, micro), reference=micro_batched(reference.logprobs, batch, micro)
+            frozen = make_frozen(
+                micro_batched(old.logprobs, batch, micro).logprobs,
+                micro_batched(reference.logprobs, batch, micro).logprobs,
+                advantages(case["rewards"]),
             )
         meter = Meter()
         engine.accumulate(batch, frozen, rollouts.max_completion_length, meter)
@@ -181,6 +185,7 @@ def test_the_gradient_is_unchanged_in_float32(
     make_engine: Callable[..., Engine],
     make_rollouts: Callable[..., Rollouts],
     flat_gradient: Callable[[Policy], Tensor],
+    make_frozen: Callable[..., Frozen],
 ) -> None:
     policy, old, reference = (tiny_policy(seed, torch.float32) for seed in range(3))
     rollouts = make_rollouts(CASE["prompts"], CASE["completions"], CASE["temperatures"])
@@ -188,9 +193,11 @@ def test_the_gradient_is_unchanged_in_float32(
     ways: list[tuple[int, PaddingSide, int]] = [(6, "left", 0), (1, "left", 0), (2, "left", 0), (6, "right", 0)]
     for micro, side, extra in [*ways, (2, "right", 5)]:
         engine = make_engine(policy, reference=reference, beta=0.1, reduction=reduction, micro_batch_size=micro)
-        batch = collate(rollouts, advantages(CASE["rewards"]), pad_token_id=0, padding_side=side, extra=extra)
+        batch = collate(rollouts, pad_token_id=0, padding_side=side, extra=extra)
         with torch.no_grad():
-            frozen = Frozen(old=old.logprobs(batch).logprobs, reference=reference.logprobs(batch).logprobs)
+            frozen = make_frozen(
+                old.logprobs(batch).logprobs, reference.logprobs(batch).logprobs, advantages(CASE["rewards"])
+            )
         engine.accumulate(batch, frozen, 8, Meter())
         found.append(flat_gradient(policy))
     for other in found[1:]:
@@ -202,7 +209,7 @@ def test_ratios_of_these_cases_reach_both_clips(
 ) -> None:
     # Without this the tests above could pass with every ratio inside the clip.
     rollouts = make_rollouts(CASE["prompts"], CASE["completions"], CASE["temperatures"])
-    batch = collate(rollouts, advantages(CASE["rewards"]), pad_token_id=0)
+    batch = collate(rollouts, pad_token_id=0)
     with torch.no_grad():
         current, old = (policy.logprobs(batch).logprobs for policy in policies[:2])
     ratio = (current - old).exp()[batch.completion_mask]
@@ -214,13 +221,14 @@ def test_a_mean_over_the_micro_batch_depends_on_the_split(
 ) -> None:
     """Why TRL's ``bnpo`` is absent: averaging token means of micro-batches weighs a token by its neighbors."""
     rollouts = make_rollouts(CASE["prompts"], CASE["completions"], CASE["temperatures"])
-    batch = collate(rollouts, advantages(CASE["rewards"]), pad_token_id=0)
+    batch = collate(rollouts, pad_token_id=0)
 
     def local_mean(micro: int) -> Tensor:
         parts = [batch.rows(slice(start, start + micro)) for start in range(0, 6, micro)]
         policy = policies[0]
         means = [
-            -(policy.logprobs(part).logprobs * part.advantages[:, None])[part.completion_mask].mean() for part in parts
+            -(policy.logprobs(part).logprobs * rows[:, None])[part.completion_mask].mean()
+            for part, rows in zip(parts, advantages(CASE["rewards"]).reshape(-1).split(micro), strict=True)
         ]
         gradients = torch.autograd.grad(torch.stack(means).mean(), policy.trainable())
         return torch.cat([gradient.flatten() for gradient in gradients])
@@ -242,7 +250,7 @@ def test_golden_step(
         assert loss == pytest.approx(expected["loss"], rel=1e-9)
         assert float(vector.norm()) == pytest.approx(expected["grad_norm"], rel=1e-9)
     rollouts = make_rollouts(CASE["prompts"], CASE["completions"], CASE["temperatures"])
-    batch = collate(rollouts, advantages(CASE["rewards"]), pad_token_id=0)
+    batch = collate(rollouts, pad_token_id=0)
     with torch.no_grad():
         logprobs = policies[0].logprobs(batch).logprobs
     assert logprobs[batch.completion_mask].tolist() == pytest.approx(golden["logprobs"], rel=1e-9)
@@ -253,9 +261,10 @@ def test_gradient_checkpointing_changes_nothing(
     make_engine: Callable[..., Engine],
     make_rollouts: Callable[..., Rollouts],
     flat_gradient: Callable[[Policy], Tensor],
+    make_frozen: Callable[..., Frozen],
 ) -> None:
     rollouts = make_rollouts(CASE["prompts"], CASE["completions"], CASE["temperatures"])
-    batch = collate(rollouts, advantages(CASE["rewards"]), pad_token_id=0)
+    batch = collate(rollouts, pad_token_id=0)
     found = []
     for checkpointing in (False, True):
         policy = tiny_policy()
@@ -264,7 +273,8 @@ def test_gradient_checkpointing_changes_nothing(
             policy.model.enable_input_require_grads()
             policy.model.train()
             assert policy.model.is_gradient_checkpointing
-        old = policy.frozen_logprobs(batch, 64) + 0.1
-        make_engine(policy).accumulate(batch, Frozen(old=old, reference=old), 8, Meter())
+        with torch.no_grad():
+            old = policy.logprobs(batch).logprobs + 0.1
+        make_engine(policy).accumulate(batch, make_frozen(old, old, advantages(CASE["rewards"])), 8, Meter())
         found.append((0.0, flat_gradient(policy)))
     assert_equal(found[1], found[0])

@@ -53,6 +53,7 @@ def test_a_plugin_registers_every_kind() -> None:
         ("advantage", "centered"),
         ("kl", "squared"),
         ("loss", "reinforce"),
+        ("correction", "close"),
         ("tracker", "memory"),
         ("dataset", "two-rows"),
     ]

@@ -107,7 +107,7 @@ def test_group_std() -> None:
 
 
 def test_how_far_sampler_and_policy_are_apart(rollouts: Rollouts) -> None:
-    batch = collate(rollouts, torch.zeros(2, 2), pad_token_id=0)
+    batch = collate(rollouts, pad_token_id=0)
     old = torch.full(batch.completion_mask.shape, 9.0)  # far off where masked, where it does not matter
     old[batch.completion_mask] = -1.0
     old[1, 2] = -1.5

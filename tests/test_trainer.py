@@ -48,12 +48,12 @@ class FakeEngine:
 
     def __init__(self, workers: Workers) -> None:
         self.workers, self.policy = workers, FakePolicy()
-        self.algorithm = SimpleNamespace(sampler=SimpleNamespace(sync=lambda policy: None))
+        self.algorithm = SimpleNamespace(drawing=SimpleNamespace(sampler=SimpleNamespace(sync=lambda policy: None)))
         self.optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], lr=1.0)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda update: 1 / (1 + update))
         self.prompts: list[list[int]] = []
 
-    def step(self, prompts: Sequence[Prompt], *, step: int, seed: int) -> StepReport:
+    def step(self, prompts: Sequence[Prompt], *, step: int, seed: int, more: object) -> StepReport:
         self.prompts.append([prompt.index for prompt in prompts])
         self.policy.steps += 1
         self.policy.version += 1
@@ -194,10 +194,10 @@ def test_a_failure_loses_no_finished_step(make: Callable[..., Trainer], caplog: 
     trainer = make(Diary())
     take_step = trainer.engine.step
 
-    def breaks_at_step_3(prompts: Sequence[Prompt], *, step: int, seed: int) -> StepReport:
+    def breaks_at_step_3(prompts: Sequence[Prompt], *, step: int, seed: int, more: object) -> StepReport:
         if step == 3:
             raise RewardError("reward `r` raised ValueError", "fix the reward")
-        return take_step(prompts, step=step, seed=seed)
+        return take_step(prompts, step=step, seed=seed, more=more)
 
     trainer.engine.step = breaks_at_step_3  # type: ignore[method-assign]
     with caplog.at_level("INFO", "grpoforge"), pytest.raises(RewardError):
@@ -211,10 +211,10 @@ def test_out_of_memory_says_what_to_lower_and_loses_nothing(make: Callable[..., 
     trainer = make(Diary())
     take_step = trainer.engine.step
 
-    def runs_out(prompts: Sequence[Prompt], *, step: int, seed: int) -> StepReport:
+    def runs_out(prompts: Sequence[Prompt], *, step: int, seed: int, more: object) -> StepReport:
         if step == 2:
             raise torch.OutOfMemoryError("tried to allocate 2 GiB")
-        return take_step(prompts, step=step, seed=seed)
+        return take_step(prompts, step=step, seed=seed, more=more)
 
     trainer.engine.step = runs_out  # type: ignore[method-assign]
     with pytest.raises(RunFailed) as error:
@@ -227,7 +227,7 @@ def test_out_of_memory_says_what_to_lower_and_loses_nothing(make: Callable[..., 
 def test_a_step_that_was_left_half_way_is_not_saved(make: Callable[..., Trainer]) -> None:
     trainer = make(Diary())
 
-    def moves_and_breaks(prompts: Sequence[Prompt], *, step: int, seed: int) -> StepReport:
+    def moves_and_breaks(prompts: Sequence[Prompt], *, step: int, seed: int, more: object) -> StepReport:
         trainer.engine.policy.version += 1
         raise RunFailed("the gradient norm is nan", "lower the learning rate")
 

@@ -60,4 +60,7 @@ def test_the_default_run_needs_no_network(tmp_path: Path, program: Any) -> None:
     assert "AssertionError" not in talk
     assert "accuracy (pass@1, greedy)" in shown
     assert (tmp_path / "run/checkpoints/step-000002/model.safetensors").is_file()
-    assert not (tmp_path / "home").exists(), "nothing is written outside of the run directory"
+    kept = {path.parent.name for path in (tmp_path / "home").rglob("*") if path.is_file() and path.suffix == ".json"}
+    assert kept <= {"certificates"}, kept
+    written = {path.relative_to(tmp_path / "home").parts[:2] for path in (tmp_path / "home").rglob("*/*")}
+    assert written <= {(".cache", "grpoforge")}, "outside of the run directory only the kernels' cache is written"

@@ -101,6 +101,39 @@ def test_it_ends_the_same_with(
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
 
 
+EVERYTHING: dict[str, Any] = {
+    "rewards": [{"name": "math"}],
+    "sampler": {"max_completion_length": 48},
+    "advantage": {"name": "reinforce_pp"},
+    "loss": {"name": "gspo_token"},
+    "kl": {"name": "k1", "beta": 0.4, "placement": "reward", "target": 0.001, "horizon": 20},
+    "corrections": [{"name": "sequence_mask", "high": 1.5}, {"name": "opsm"}],
+    "entropy": {"coef": 0.01, "target": 9.0, "delta": 0.002},
+    "batch": {"dynamic_sampling": 2, "mask_truncated_completions": True, "top_entropy_quantile": 0.7},
+    "optim": {"learning_rate": 0.001},
+    "max_steps": 4,
+}
+
+
+@pytest.mark.slow
+def test_a_killed_run_with_everything_that_is_steered_ends_the_same(
+    tmp_path: Path, config: Callable[..., Config], outcome: Any, program: Any, stop_after: Any
+) -> None:
+    start(config(EVERYTHING), tmp_path / "whole")
+    process = program.start(changes=[EVERYTHING, stop_after(3, "SIGKILL")])
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    # Killed after its third step and before that was saved.
+    assert steps(tmp_path / "run") == [1, 2]
+    saved = json.loads((tmp_path / "run/checkpoints/step-000002/trainer_state.json").read_text())["components"]
+    lines = {line["step"]: line for line in outcome(tmp_path / "whole").metrics if line["kind"] == "train"}
+    assert saved["coefficient beta"]["value"] == lines[3]["coefficient/beta"] != lines[1]["coefficient/beta"]
+    assert saved["coefficient entropy"]["value"] == lines[3]["coefficient/entropy_coef"] == 0.014
+    assert max(lines[step]["dynamic_sampling/draws"] for step in (3, 4)) > 1, "extra draws after the checkpoint"
+    resumed(tmp_path / "run")
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
 def test_a_reward_with_a_memory_and_dice_goes_on_where_it_was(
     tmp_path: Path, config: Callable[..., Config], outcome: Any, stop_after: Any, rewards_file: Path
 ) -> None:

@@ -1,0 +1,98 @@
+"""Parts that cannot work together, refused before any weight is loaded; and those that work and may surprise."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from grpoforge.binding import bind
+from grpoforge.config import Config
+from grpoforge.declarations import declared
+from grpoforge.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def check_together(
+    config: Config, advantage: Any, loss: Any, kl: Any, corrections: tuple[tuple[str, Any], ...]
+) -> None:
+    """Refuse combinations of built components that cannot mean anything.
+
+    Raises:
+        ConfigError: a correction given twice; the group is too small for the advantage; a KL estimator that reads the
+            whole vocabulary is to be a reward, or to be kept for a whole minibatch; a sequence-level loss with a
+            token-level correction; a target for a KL that is off.
+        PluginError: a component asks for data that it cannot be given.
+    """
+    bind("advantage", advantage)
+    _check_group(config, advantage)
+    _check_kl(config, kl)
+    _check_memory(config, loss, kl)
+    names = [name for name, _ in corrections]
+    for name, correction in corrections:
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"the correction `{name}` is given twice{config.origins.of('corrections')}",
+                "give it once, with the options you want",
+            )
+        bind("correction", correction)
+        _check_levels(config, loss, name, correction)
+
+
+def _check_group(config: Config, advantage: Any) -> None:
+    group, name = config.batch.completions_per_prompt, config.advantage.name
+    needed = declared(advantage, "min_group", 2)
+    origin = config.origins.of("batch", "completions_per_prompt")
+    if group < needed:
+        why = "a group of one has no baseline" if needed == 2 else f"advantage `{name}` needs at least {needed}"
+        hint = f"use at least {needed} (8 is common)" if needed <= 8 else f"use at least {needed}"
+        raise ConfigError(f"`batch.completions_per_prompt` is {group}{origin}: {why}", hint)
+    if group == 2 and declared(advantage, "scales_by_std", False):
+        logger.warning(
+            "with 2 completions per prompt advantage `%s` keeps only the sign of their gap in reward, not its size; "
+            "`group_mean`, `batch_std` and `leave_one_out` keep it",
+            name,
+        )
+
+
+def _check_kl(config: Config, kl: Any) -> None:
+    part, origins = config.kl, config.origins
+    if part.target is not None and part.beta == 0:
+        raise ConfigError(
+            f"`kl.target` is {part.target:g}{origins.of('kl', 'target')}, and `kl.beta` is 0"
+            f"{origins.of('kl', 'beta')}: there is nothing to steer",
+            "give `kl.beta` the value to start from, or leave out `kl.target`",
+        )
+    if part.placement == "reward" and bind("kl", kl).needs_distributions:
+        raise ConfigError(
+            f"`kl.placement` is `reward`{origins.of('kl', 'placement')}, and KL estimator `{part.name}` reads the "
+            "whole vocabulary at every token, which is not kept with the rollouts",
+            "use `--set kl.placement=loss`, or an estimator of sampled tokens: `k1`",
+        )
+    if part.placement == "reward" and part.beta > 0 and not declared(kl, "right_in_reward", False):
+        logger.warning(
+            "KL estimator `%s` in the reward does not pull along the gradient of the KL (`grpoforge lab kl`); `k1` "
+            "does",
+            part.name,
+        )
+
+
+def _check_memory(config: Config, loss: Any, kl: Any) -> None:
+    micro = config.batch.micro_batch_size
+    whole = micro is None or micro >= config.minibatch_size
+    if whole or config.kl.beta == 0 or declared(loss, "coupling") != "batch" or not bind("kl", kl).needs_distributions:
+        return
+    raise ConfigError(
+        f"loss `{config.loss.name}` looks at all {config.minibatch_size} completions of an optimizer step at once, and "
+        f"KL estimator `{config.kl.name}` would keep the whole vocabulary at each of their tokens",
+        f"use an estimator of sampled tokens such as `k2`, or `--set batch.micro_batch_size={config.minibatch_size}`",
+    )
+
+
+def _check_levels(config: Config, loss: Any, name: str, correction: Any) -> None:
+    if declared(loss, "level") == "sequence" and declared(correction, "level") == "token":
+        raise ConfigError(
+            f"loss `{config.loss.name}`{config.origins.of('loss', 'name')} has one ratio per completion, and "
+            f"correction `{name}`{config.origins.of('corrections', name, 'name')} weighs single tokens",
+            "use `sequence_mask`, `tis_sequence`, or `geometric_mask` with `kept: one`",
+        )
