@@ -1,1 +1,1 @@
-"""Advantage normalizers: ``(rewards [P, G, K], weights [K]) -> advantages [P, G]``, unscored rows 0."""
+"""Advantages: rewards ``[P, G, K]`` and their weights to one number per completion, ``[P, G]``, unscored rows 0."""
