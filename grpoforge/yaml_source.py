@@ -180,9 +180,21 @@ def recipe_text(name: str, origin: str = "") -> str:
 
 
 def read_recipe(name: str, origin: str = "") -> dict[str, Any]:
-    """The values of recipe ``name``.
+    """The values of recipe ``name``, without those of the recipe it builds on.
 
     Raises:
         ConfigError: there is no such recipe; the message says that ``origin`` asked for it.
     """
     return as_mapping(parse_yaml(recipe_text(name, origin), f"recipe {name}"), f"recipe {name}")
+
+
+def recipe_layers(name: str, origin: str = "") -> list[tuple[str, dict[str, Any]]]:
+    """``(origin, values)`` of recipe ``name``: below it the recipe that its ``recipe`` key names, and so on.
+
+    Raises:
+        ConfigError: see `read_recipe`.
+    """
+    values = read_recipe(name, origin)
+    below = values.pop("recipe", None)
+    layers = recipe_layers(str(below), f"recipe {name}") if below else []
+    return [*layers, (f"recipe {name}", {**values, "recipe": name})]

@@ -1,39 +1,71 @@
-"""Every recipe that comes with the package builds, names parts that exist, and says what it is."""
+"""Every recipe that comes with the package builds, names parts that exist and fit, and says what it is."""
 
 from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
 
 import pytest
 
 from grpoforge.cli.recipes_command import headline
+from grpoforge.cli.settings import base_layers
+from grpoforge.combinations import check_together
+from grpoforge.config import Config
 from grpoforge.layers import build
 from grpoforge.parts import choose, choose_measured, choose_rewards
 from grpoforge.plugins import load_plugins
-from grpoforge.yaml_source import dump_yaml, parse_yaml, read_recipe, recipe_names, recipe_text
+from grpoforge.yaml_source import dump_yaml, parse_yaml, read_recipe, recipe_layers, recipe_names, recipe_text
 
+ROOT = Path(__file__).parents[1]
 RECIPES = recipe_names()
+TASKS = ["gsm8k-qwen2.5-0.5b", "tiny-math"]
+ALGORITHMS = [name for name in RECIPES if name not in TASKS]
+OF_AN_ALGORITHM = {
+    "recipe",
+    "rewards",
+    "advantage",
+    "loss",
+    "kl",
+    "corrections",
+    "entropy",
+    "reduction",
+    "batch",
+    "optim",
+}
 
 
-def test_the_default_recipe_is_there() -> None:
-    assert "tiny-math" in RECIPES
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_builds_and_every_part_resolves(name: str) -> None:
-    config = build([(f"recipe {name}", {"recipe": name, **read_recipe(name)})])
+def check(config: Config) -> None:
+    """Resolve every part, as a run does before it loads anything."""
     host = load_plugins()
     choose_rewards(config.rewards, host)
     choose_measured(config, host)
-    for kind in ("sampler", "advantage", "loss", "kl"):
-        choose(kind, getattr(config, kind), host)
+    choose("sampler", config.sampler, host)
+    advantage, loss, kl = (choose(kind, getattr(config, kind), host).build() for kind in ("advantage", "loss", "kl"))
+    corrections = tuple((part.name, choose("correction", part, host).build()) for part in config.corrections)
+    check_together(config, advantage, loss, kl, corrections)
     for tracker in config.trackers:
         choose("tracker", tracker, host)
 
 
+def test_the_algorithms_of_the_field_are_there() -> None:
+    assert set(ALGORITHMS) == {
+        *("grpo", "dr_grpo", "dapo", "lite_ppo", "two_sided", "dual_clip", "cispo", "sapo", "dppo_tv", "vespo"),
+        *("gspo", "gspo_token", "gmpo", "luspo"),
+        *("rloo", "gpg", "opo", "reinforce_pp", "reinforce_pp_baseline", "maxrl", "pass_at_k", "gdpo"),
+    }
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_builds_and_every_part_resolves(name: str) -> None:
+    check(build(recipe_layers(name)))
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_survives_being_written_out(name: str) -> None:
-    config = build([(f"recipe {name}", {"recipe": name, **read_recipe(name)})])
+    config = build(recipe_layers(name))
     written = parse_yaml(dump_yaml(config.model_dump(mode="json")), "written")
-    assert build([(f"recipe {name}", read_recipe(name)), ("written", written)]) == config
+    assert build([*recipe_layers(name), ("written", written)]) == config
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -41,3 +73,65 @@ def test_a_recipe_opens_with_what_it_is(name: str) -> None:
     first = recipe_text(name).partition("\n")[0]
     assert first.startswith(f"# {name}: ")
     assert headline(recipe_text(name)) == first.removeprefix(f"# {name}: ")
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_algorithm_names_its_paper_and_numbers_what_differs(name: str) -> None:
+    lines = [line for line in recipe_text(name).splitlines() if line.startswith("#")]
+    assert re.search(r"\b\d{4}\.\d{5}\b", lines[0])
+    numbers = [int(found[1]) for line in lines[1:] if (found := re.match(r"#   (\d)\. ", line))]
+    assert numbers == list(range(1, len(numbers) + 1)) != []
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_algorithm_is_parts_only_and_goes_over_any_task(name: str) -> None:
+    values = read_recipe(name)
+    assert values["recipe"] == "tiny-math"
+    assert set(values) <= OF_AN_ALGORITHM
+    assert {"advantage", "loss", "kl", "reduction"} <= set(values)
+    assert "learning_rate" not in values.get("optim", {})  # a model's, not an algorithm's
+    config = build(base_layers(["gsm8k-qwen2.5-0.5b", name]))
+    assert (config.recipe, config.model.name) == (f"gsm8k-qwen2.5-0.5b+{name}", "Qwen/Qwen2.5-0.5B-Instruct")
+    assert config.optim.learning_rate == 1e-6
+    check(config)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_algorithm_states_every_option_of_its_loss(name: str) -> None:
+    loss = build(recipe_layers(name)).loss
+    options = load_plugins().registry.get("loss", loss.name).options.model_fields
+    assert set(options) - set(loss.options) <= {"delta", "dual_clip"}
+
+
+def test_dapo_is_what_its_paper_says() -> None:
+    config = build(recipe_layers("dapo"))
+    assert config.loss.options == {"epsilon_low": 0.2, "epsilon_high": 0.28}
+    assert (config.reduction, config.kl.beta, config.batch.dynamic_sampling) == ("token", 0.0, 2)
+    assert [(reward.name, reward.weight) for reward in config.rewards] == [("math", 1.0), ("soft_overlong", 1.0)]
+
+
+@pytest.mark.parametrize("name", ["gpg", "rloo", "opo"])
+def test_an_algorithm_without_a_ratio_takes_one_optimizer_step_per_batch(name: str) -> None:
+    assert build(recipe_layers(name)).updates_per_step == 1
+
+
+def test_the_figures_in_the_guide_are_those_that_were_measured() -> None:
+    page = (ROOT / "docs/guides/algorithms.md").read_text(encoding="utf-8")
+    results = max((ROOT / "benchmarks/results").glob("recipes-*.json"))
+    runs = json.loads(results.read_text())["runs"]
+    assert results.name in page
+    assert sorted(runs) == ALGORITHMS
+    for name, run in runs.items():
+        assert f"| `{name}` | {run['accuracy_before']:.1f}% | {run['accuracy_after']:.1f}% |" in page
+        assert run["accuracy_after"] > run["accuracy_before"]
+
+
+def test_the_parity_table_in_the_guide_is_the_one_that_was_measured() -> None:
+    page = (ROOT / "docs/guides/algorithms.md").read_text(encoding="utf-8")
+    results = max((ROOT / "benchmarks/results").glob("parity-trl-*.json"))
+    record = json.loads(results.read_text())
+    assert results.name in page
+    assert f"TRL {record['versions']['trl']}" in page
+    for name, row in record["cases"].items():
+        assert f"| {name} | {row['loss']:.6f} |" in page
+        assert row["verdict"].startswith(("equal", "differs: "))

@@ -35,7 +35,8 @@ def print_plan(config: Config, parts: Parts) -> None:
 
 def plan_lines(config: Config, parts: Parts) -> list[str]:
     """What a step does, in numbers."""
-    from grpoforge.assembly import num_steps
+    from grpoforge.assembly import make_objective, num_steps
+    from grpoforge.dialects import describe_dialect
 
     batch = config.batch
     rows = batch.prompts_per_step * batch.completions_per_prompt
@@ -43,7 +44,9 @@ def plan_lines(config: Config, parts: Parts) -> list[str]:
     steps, updates = num_steps(config, len(parts.train_rows)), config.updates_per_step
     passes = _count(batch.epochs, "pass", "passes")
     longest = parts.sampler.options.get("max_completion_length", "the sampler's default")
+    dialect = describe_dialect(config)
     reference = f"{config.kl.name} x{config.kl.beta:g}, frozen reference" if config.kl.beta else "none (beta is 0)"
+    reference += " (in the reward)" if config.kl.beta and config.kl.placement == "reward" else ""
     return [
         f"steps         {steps}, {_count(updates, 'optimizer step')} each: {steps * updates}",
         f"rollouts      {batch.prompts_per_step} prompts x {batch.completions_per_prompt} completions = {rows} rows"
@@ -52,9 +55,31 @@ def plan_lines(config: Config, parts: Parts) -> list[str]:
         f"rewards       {', '.join(reward.describe() for reward in parts.rewards)}",
         f"advantage     {parts.advantage.component.id}; loss {parts.loss.component.id}; reduction {config.reduction}",
         f"KL            {reference}",
+        *_extra_lines(config),
+        *([f"dialect       {dialect}"] if dialect else []),
+        f"objective     {make_objective(config, parts)[1]}",
         f"data          {len(parts.train_rows)} problems to train on, {len(parts.eval_rows)} to evaluate on",
         "files         run.json metrics.jsonl tensorboard/ rollouts/ checkpoints/",
     ]
+
+
+def _extra_lines(config: Config) -> list[str]:
+    """What a step does beside the usual, where it does."""
+    batch, entropy = config.batch, config.entropy
+    names = ", ".join(part.name for part in config.corrections)
+    lines = {
+        f"corrections   {names}": bool(names),
+        f"filters       up to {_count(batch.dynamic_sampling, 'extra draw')} for groups that score alike": (
+            batch.dynamic_sampling > 0
+        ),
+        "filters       completions cut at the limit are left out of the loss": batch.mask_truncated_completions,
+        f"filters       loss on the {batch.top_entropy_quantile:.0%} of tokens with the highest entropy": (
+            batch.top_entropy_quantile < 1
+        ),
+        f"entropy       bonus x{entropy.coef:g}": entropy.coef > 0 and entropy.target is None,
+        f"entropy       bonus steered to {entropy.target} nats per token": entropy.target is not None,
+    }
+    return [line for line, holds in lines.items() if holds]
 
 
 def print_summary(summary: RunSummary) -> None:

@@ -53,7 +53,7 @@ def evaluate(
 
     run = model_of_run(what, checkpoint or "best")
     _check_flags(what, run is not None, checkpoint, recipe)
-    base, model = run or (base_layers(recipe or "tiny-math"), what)
+    base, model = run or (base_layers([recipe] if recipe else None), what)
     flags = [
         *reward_layer(reward),
         *flag_layers(

@@ -12,7 +12,9 @@ import typer
 
 from grpoforge import __version__
 from grpoforge.cli import plugins_command, recipes_command
+from grpoforge.cli.bench_command import bench
 from grpoforge.cli.eval_command import evaluate
+from grpoforge.cli.lab_command import lab
 from grpoforge.cli.train_command import train
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ app = typer.Typer(
 )
 app.command("train")(train)
 app.command("eval")(evaluate)
+app.command("bench")(bench)
+app.command("lab")(lab)
 app.add_typer(plugins_command.app, name="plugins")
 app.add_typer(recipes_command.app, name="recipes")
 
@@ -51,13 +55,14 @@ def _root(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 a failed run, 2 a user's mistake, 130 interrupted."""
     from grpoforge.errors import GrpoforgeError
+    from grpoforge_kernels.errors import KernelError
 
     _log_to_stderr()
     try:
         given = sys.argv[1:] if arguments is None else list(arguments)
         code = app(args=_complete_resume(given) or ["--help"], prog_name="grpoforge", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
-    except GrpoforgeError as error:
+    except (GrpoforgeError, KernelError) as error:
         print_error(error)
         sys.exit(error.exit_code)
     except UsageError as error:
@@ -126,8 +131,10 @@ class _Talk(logging.Handler):
 
 
 def _log_to_stderr() -> None:
-    for name in ("grpoforge", "grpoforge_plugins"):
+    for name in ("grpoforge", "grpoforge_plugins", "grpoforge_kernels"):
         logger = logging.getLogger(name)
         logger.handlers[:] = [_Talk()]
         logger.setLevel(logging.INFO)
         logger.propagate = False
+    # Which backend runs what is said by the commands that are about it.
+    logging.getLogger("grpoforge_kernels").setLevel(logging.WARNING)

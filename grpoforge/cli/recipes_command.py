@@ -14,18 +14,29 @@ app = typer.Typer(name="recipes", cls=ListByDefault, help="Show the recipes that
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON.")]
 
 
+GROUPS = {
+    "task": "tasks: a model, problems and rewards",
+    "algorithm": "algorithms: on tiny-math, or over a task (grpoforge train TASK ALGORITHM)",
+}
+
+
 @app.command("list")
 def list_recipes(as_json: AsJson = False) -> None:
-    """List the recipes and what each is."""
-    from grpoforge.yaml_source import recipe_names, recipe_text
+    """List the recipes and what each is: tasks first, then algorithms."""
+    from grpoforge.yaml_source import read_recipe, recipe_names, recipe_text
 
-    about = {name: headline(recipe_text(name)) for name in recipe_names()}
+    kinds = {name: "algorithm" if "recipe" in read_recipe(name) else "task" for name in recipe_names()}
+    names = sorted(kinds, key=lambda name: (list(GROUPS).index(kinds[name]), name))
+    about = {name: headline(recipe_text(name)) for name in names}
     if as_json:
-        typer.echo(json.dumps([{"name": name, "about": text} for name, text in about.items()], indent=2))
+        listed = [{"name": name, "kind": kinds[name], "about": text} for name, text in about.items()]
+        typer.echo(json.dumps(listed, indent=2))
         return
-    width = max(len(name) for name in about)
-    for name, text in about.items():
-        typer.echo(f"{name:<{width}}  {text}")
+    width = max(len(name) for name in names)
+    for kind, title in GROUPS.items():
+        typer.echo(title)
+        for name in (name for name in names if kinds[name] == kind):
+            typer.echo(f"  {name:<{width}}  {about[name]}")
 
 
 @app.command("show")
@@ -35,10 +46,10 @@ def show_recipe(
 ) -> None:
     """Show a recipe as it stands (YAML), or with every default filled in (JSON)."""
     from grpoforge.layers import build
-    from grpoforge.yaml_source import read_recipe, recipe_text
+    from grpoforge.yaml_source import recipe_layers, recipe_text
 
     if as_json:
-        config = build([(f"recipe {name}", {"recipe": name, **read_recipe(name)})])
+        config = build(recipe_layers(name))
         typer.echo(config.model_dump_json(indent=2))
     else:
         typer.echo(recipe_text(name), nl=False)

@@ -30,15 +30,29 @@ Dataset = Annotated[
 Layer = tuple[str, dict[str, Any]]
 
 
-def base_layers(recipe: str) -> list[Layer]:
-    """The layer of a recipe by name, or of a YAML file (over the recipe that its `recipe` key names)."""
-    from grpoforge.yaml_source import read_file, read_recipe
+def base_layers(names: Sequence[str] | None) -> list[Layer]:
+    """Recipes by name and YAML files, each over the one before it; tiny-math when there is none.
 
-    if not recipe.endswith((".yaml", ".yml")):
-        return [(f"recipe {recipe}", {"recipe": recipe, **read_recipe(recipe)})]
-    values = read_file(Path(recipe))
-    below = str(values.get("recipe", "tiny-math"))
-    return [(f"recipe {below}", {"recipe": below, **read_recipe(below, recipe)}), (recipe, values)]
+    The first stands on what its ``recipe`` key names (a file without the key on tiny-math); the others bring only
+    their own values: ``tiny-math dapo`` is DAPO on tiny-math.
+    """
+    first, *others = names or ["tiny-math"]
+    layers = _read_layers(first)
+    for name in others:
+        origin, values = _read_layers(name)[-1]
+        label = f"{layers[-1][1].get('recipe', 'tiny-math')}+{values.get('recipe', Path(name).stem)}"
+        layers.append((origin, {**values, "recipe": label}))
+    return layers
+
+
+def _read_layers(name: str) -> list[Layer]:
+    from grpoforge.yaml_source import read_file, recipe_layers
+
+    if not name.endswith((".yaml", ".yml")):
+        return recipe_layers(name)
+    values = read_file(Path(name))
+    below = str(values.pop("recipe", "tiny-math"))
+    return [*recipe_layers(below, name), (name, values)]
 
 
 def override_layers(overrides: Sequence[str] | None) -> list[Layer]:
@@ -106,13 +120,28 @@ def flag_layers(flags: Mapping[str, tuple[str, Any]]) -> list[Layer]:
 
 
 def user_layers(
-    base: Sequence[Layer], overrides: Sequence[str] | None, flags: Sequence[Layer], plugins: Sequence[Path] | None
+    base: Sequence[Layer],
+    overrides: Sequence[str] | None,
+    flags: Sequence[Layer],
+    plugins: Sequence[Path] | None,
+    *,
+    dialect: str | None = None,
 ) -> list[Layer]:
-    """``base`` (a recipe, a file, a run) < ``--set`` < the flags.
+    """``base`` (a recipe, a file, a run) < ``--dialect`` < ``--set`` < the flags.
 
     The flags stand twice: first, so that ``--set`` can speak of the parts that they choose; last, because they win.
+
+    Raises:
+        ConfigError: there is no such dialect, or the other layers make no configuration.
     """
-    return [*base, *flags, *override_layers(overrides), *flags, *plugin_layer(plugins, base)]
+    below = [*base, *flags]
+    above = [*override_layers(overrides), *flags, *plugin_layer(plugins, base)]
+    if dialect is None:
+        return [*below, *above]
+    from grpoforge.dialects import dialect_layer
+    from grpoforge.layers import build, merge
+
+    return [*below, dialect_layer(dialect, build([*below, *above]), merge(below)[0]), *above]
 
 
 def plugin_layer(files: Sequence[Path] | None, base: Sequence[Layer]) -> list[Layer]:

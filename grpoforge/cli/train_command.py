@@ -27,11 +27,21 @@ if TYPE_CHECKING:
 PARTS = "Parts"
 RUN = "Run"
 
+Recipes = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[RECIPE|FILE.yaml]...",
+        help="What to start from, tiny-math by default; of several, each changes the one before it.",
+    ),
+]
+Dialect = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", rich_help_panel=PARTS, help="Options as another system has them: trl or verl."),
+]
+
 
 def train(
-    recipe: Annotated[
-        str | None, typer.Argument(metavar="[RECIPE|FILE.yaml]", help="What to start from; tiny-math by default.")
-    ] = None,
+    recipes: Recipes = None,
     reward: Rewards = None,
     model: Annotated[str | None, typer.Option(metavar="DIR|ID", help="A model folder or a hub id.")] = None,
     dataset: Dataset = None,
@@ -41,6 +51,7 @@ def train(
     ] = None,
     kl: Annotated[str | None, typer.Option(metavar="NAME", rich_help_panel=PARTS, help="The KL estimator.")] = None,
     loss: Annotated[str | None, typer.Option(metavar="NAME", rich_help_panel=PARTS, help="The loss.")] = None,
+    dialect: Dialect = None,
     plugin: PluginFiles = None,
     set_: Overrides = None,
     output: Annotated[
@@ -57,7 +68,9 @@ def train(
 ) -> None:
     """Train a policy by GRPO.
 
-    Recipe < file < --set < the flags below. Without arguments: a small model on word problems, on the CPU, offline.
+    Recipe < file < --dialect < --set < the flags below.
+
+    Without arguments: a small model on word problems, on the CPU, offline.
     """
     flags = [
         *reward_layer(reward),
@@ -75,21 +88,26 @@ def train(
         ),
     ]
     if resume is not None:
-        _check_resume(recipe, output, dry_run)
+        _check_resume(recipes, output, dry_run, dialect)
         _resume(resume, set_, flags, plugin)
         return
-    config = _config(user_layers(base_layers(recipe or "tiny-math"), set_, flags, plugin))
+    config = _config(user_layers(base_layers(recipes), set_, flags, plugin, dialect=dialect))
     if dry_run:
         _dry_run(config)
     else:
         _start(config, output)
 
 
-def _check_resume(recipe: str | None, output: Path | None, dry_run: bool) -> None:
+def _check_resume(recipes: list[str] | None, output: Path | None, dry_run: bool, dialect: str | None) -> None:
     """Refuse flags that a resumed run could not honor."""
     from grpoforge.errors import ConfigError
 
-    for given, shown in ((recipe, str(recipe)), (output, f"--output {output}"), (dry_run, "--dry-run")):
+    for given, shown in (
+        (recipes, " ".join(recipes or ())),
+        (output, f"--output {output}"),
+        (dry_run, "--dry-run"),
+        (dialect, f"--dialect {dialect}"),
+    ):
         if given:
             raise ConfigError(
                 f"`{shown}` does not go with `--resume`: a run goes on where it is, as it was configured",
@@ -111,8 +129,7 @@ def _dry_run(config: Config) -> None:
     with stdout_is_data():
         parts = resolve(config, load_host(config))
         _check_model(config)
-        for part in (parts.sampler, parts.advantage, parts.loss, parts.kl):
-            part.build()
+        parts.sampler.build()
     print_plan(config, parts)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from grpoforge.yaml_source import recipe_names
+
 Refused = Callable[..., tuple[str, str]]
 
 FLAGS = {
@@ -87,7 +89,7 @@ FLAGS = {
     "file without .yaml": (
         ("conf/mine.json",),
         "unknown recipe `conf/mine.json`",
-        "a configuration file ends in .yaml; recipes are gsm8k-qwen2.5-0.5b, tiny-math",
+        f"a configuration file ends in .yaml; recipes are {', '.join(recipe_names())}",
     ),
     "missing file": (("mine.yaml",), "there is no file mine.yaml", "check the path, or name a recipe"),
     "unknown dataset": (
@@ -150,7 +152,7 @@ FLAGS = {
         "correct the YAML",
     ),
     "group of one": (
-        ("--set", "batch.completions_per_prompt=1"),
+        ("--set", "batch.minibatch_size=24", "--set", "batch.completions_per_prompt=1"),
         "`batch.completions_per_prompt` is 1 (from --set batch.completions_per_prompt=1): "
         "a group of one has no baseline",
         "use at least 2 (8 is common)",
@@ -258,7 +260,8 @@ FILES = {
     "reward of a file": (b"rewards: [{name: mth}]", "unknown reward `mth` (from mine.yaml)", "did you mean `math`?"),
     "option": (
         b"loss: {epsilon: 0.1}",
-        "unknown option `epsilon` of loss `grpoforge:clip`; it takes: epsilon_low, epsilon_high (from mine.yaml)",
+        "unknown option `epsilon` of loss `grpoforge:clip`; it takes: epsilon_low, epsilon_high, delta, dual_clip "
+        "(from mine.yaml)",
         "did you mean `epsilon_low`?",
     ),
     "number as text": (
