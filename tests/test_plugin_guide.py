@@ -72,6 +72,7 @@ def test_the_components_of_the_guide_compute_what_they_say(tmp_path: Path) -> No
         sampling_logprobs=ones.log(),
         advantages=ones,
         completion_mask=ones.bool(),
+        entropy=ones,
     )
     per_token_loss, metrics = registry.get("loss", "clipped").build({"high": 1.5})(inputs)
     assert per_token_loss.tolist() == [[-1.5, -1.0]]

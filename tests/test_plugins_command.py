@@ -69,7 +69,7 @@ def test_plugins_alone_lists() -> None:
 
 def test_the_list_shows_every_kind_in_order() -> None:
     kinds = [line.split()[0] for line in lines(*EVERY_KIND)[1:]]
-    assert kinds == ["reward", "sampler", "advantage", "kl", "loss", "tracker", "dataset"]
+    assert kinds == ["reward", "sampler", "advantage", "kl", "loss", "correction", "tracker", "dataset"]
 
 
 def test_a_docstring_is_shown_as_paragraphs() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from grpoforge.plugins import PluginHost
     from grpoforge.registry import Component, Kind, Registry
+    from grpoforge.testing import Report
 
 PIPE_WIDTH = 500
 """Columns of a table that goes to a file or a pipe: nothing is wrapped there."""
@@ -74,6 +76,84 @@ def show_component(
         _write_json(describe(component))
     else:
         _print_component(_console(), component)
+
+
+@app.command("check")
+def check(
+    target: Annotated[
+        str, typer.Argument(metavar="PATH|NAME", help="A plugin file, `FILE.py:FUNCTION`, a component or a plugin.")
+    ],
+    kind: KindOption = None,
+    as_json: AsJson = False,
+    plugin: PluginFiles = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="OPTION=VALUE", help="An option of the component; repeatable.")
+    ] = None,
+) -> None:
+    """Check that components keep their contract; exit code 1 when a rule is broken."""
+    components = targets(target, _parse_kind(kind), plugin or [])
+    options = _options(target, components, settings or [])
+    from grpoforge.testing import check_component
+
+    reports = [check_component(one, given) for one, given in zip(components, options, strict=True)]
+    if as_json:
+        _write_json({"reports": [report.as_json() for report in reports]})
+    else:
+        typer.echo("\n\n".join([*map(str, reports), _verdict(reports)]))
+    if not all(report.kept for report in reports):
+        raise typer.Exit(1)
+
+
+def targets(target: str, kind: Kind | None, files: list[Path]) -> tuple[Component, ...]:
+    """The components that ``target`` means: those of a file or a plugin, a function of a file, or one by its name.
+
+    Raises:
+        PluginError: a file that does not load, or nothing of that name or ``kind``.
+    """
+    from grpoforge.errors import PluginError
+    from grpoforge.plugins import load_function, load_plugins
+
+    file, _, function = target.rpartition(":")
+    if file.endswith(".py"):
+        return (load_function(Path(file), function, kind or "reward"),)
+    path = Path(target)
+    if path.is_dir() and os.sep in target:
+        raise PluginError(f"`{target}` is a folder", "name the plugin's file, or an installed plugin by its name")
+    is_file = path.suffix == ".py" or os.sep in target
+    registry = load_plugins([*files, path] if is_file else files).registry
+    name = path.stem if is_file else target
+    brought = [one for one in registry.list() if one.plugin == name]
+    if not brought and not is_file:
+        return (find(registry, target, kind),)
+    found = tuple(one for one in brought if kind in (None, one.kind))
+    if not found:
+        kinds = ", ".join(dict.fromkeys(one.kind for one in brought))
+        raise PluginError(f"`{target}` registers no {kind or 'component'}", f"it registers: {kinds or 'nothing'}")
+    return found
+
+
+def _options(target: str, components: Sequence[Component], settings: Sequence[str]) -> list[dict[str, Any]]:
+    """What each component gets of ``--set``: the options that it has."""
+    from grpoforge.errors import ConfigError, suggest
+    from grpoforge.yaml_source import parse_override
+
+    given: dict[str, Any] = {}
+    for setting in settings:
+        given |= parse_override(setting)
+    known = [{option.name for option in component.option_parameters} for component in components]
+    for name in given:
+        if not any(name in names for names in known):
+            every = set().union(*known)
+            hint = suggest(name, every) if every else "leave out `--set`"
+            raise ConfigError(f"nothing in `{target}` takes the option `{name}`", hint)
+    return [{name: value for name, value in given.items() if name in names} for names in known]
+
+
+def _verdict(reports: Sequence[Report]) -> str:
+    """How many rules were kept, in a line."""
+    statuses = [finding.status for report in reports for finding in report.findings]
+    count = f"{len(reports)} component{'s' if len(reports) > 1 else ''}"
+    return f"{count}; rules kept: {statuses.count('passed')}, broken: {statuses.count('failed')}"
 
 
 def find(registry: Registry, name: str, kind: Kind | None) -> Component:
