@@ -21,7 +21,10 @@ BUDGETED = ("grpoforge", "plugins")
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 
-PUBLIC_API = {"types", "errors", "sanitize", "tracking", "collate", "policy", "distributed", "data"}
+PUBLIC_API = {
+    *("types", "errors", "declarations", "sanitize", "tracking", "collate", "policy", "precision", "distributed"),
+    "data",
+}
 """Modules of grpoforge that a plugin may import, besides `from grpoforge import hookimpl`."""
 
 FunctionDef = ast.FunctionDef | ast.AsyncFunctionDef

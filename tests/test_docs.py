@@ -133,6 +133,25 @@ RUN = {
 }
 
 
+EVERYTHING = {
+    "kl": {"target": 0.1},
+    "corrections": [{"name": "tis"}],
+    "entropy": {"target": 0.5},
+    "loss": {"dual_clip": 3.0},
+    "batch": {"dynamic_sampling": 1, "top_entropy_quantile": 0.5},
+    "max_steps": 1,
+}
+"""Turns on what a run does not do by default and then reports."""
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one step with everything turned on that has metrics of its own."""
+    path = tmp_path_factory.mktemp("everything") / "run"
+    start(build([("recipe", read_recipe("tiny-math")), ("test_docs", RUN), ("everything", EVERYTHING)]), path)
+    return path
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of two steps with two rewards and sampled evaluation."""
@@ -147,8 +166,10 @@ def described(first: str, last: str) -> set[str]:
     return set(re.findall(r"^\| `([^`]+)` \|", part, re.MULTILINE))
 
 
-def test_the_metrics_page_describes_the_metrics_of_a_run_and_no_others(run: Path) -> None:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def test_the_metrics_page_describes_the_metrics_of_a_run_and_no_others(run: Path, everything: Path) -> None:
+    lines = [
+        json.loads(line) for path in (run, everything) for line in (path / "metrics.jsonl").read_text().splitlines()
+    ]
     names = {name for line in lines for name in line} - {"step", "kind"}
     written = {re.sub("rewards/[^/]+/", "rewards/{name}/", name).replace("mean@2", "mean@{K}") for name in names}
     assert written == described("Metrics", "Rollouts")

@@ -72,6 +72,7 @@ def as_yaml(value: Any) -> str:
 
 LISTS = {
     "rewards": "What completions are paid for; `--reward NAME` on the command line.",
+    "corrections": "Off-policy corrections: their weights multiply the policy loss of each token.",
     "trackers": "What records the run.",
 }
 
@@ -80,7 +81,7 @@ CONFIG_HEAD = """# Configuration keys
 Every key, its default, and what it does. Recipes set most of them; `grpoforge recipes show NAME` shows what one sets.
 A key is typed as it stands here, in a file as nested YAML or on the command line: `--set optim.learning_rate=1e-5`.
 
-`NAME` is the name of a reward or tracker that the run has, and `OPTION` an option of that component:
+`NAME` is the name of a reward, correction or tracker that the run has, and `OPTION` an option of that component:
 `--set rewards.brevity.weight=0.3`, `--set sampler.temperature=0.7`, `--set trackers.console.sample_every=5`.
 
 A list chooses its members and replaces the one below it; what was said about a member that stays is kept. So a tracker
