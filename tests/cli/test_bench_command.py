@@ -48,7 +48,10 @@ def test_it_measures_and_says_what_it_did_not(cli: Callable[..., Any]) -> None:
     assert "selective_log_softmax fp32 6x300 on cpu: forward and backward\n" in said.err
 
 
-def test_the_report_is_written_and_compared_with(cli: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_report_is_written_and_compared_with(
+    cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["/usr/bin/grpoforge", "bench", "--quick"])
     assert cli(*SMALL, "--json", "first.json").err.endswith("wrote first.json\n")
     first = json.loads((tmp_path / "first.json").read_text())
     for row in first["cases"][0]["rows"]:
@@ -63,7 +66,7 @@ def test_the_report_is_written_and_compared_with(cli: Callable[..., Any], tmp_pa
     second = json.loads((tmp_path / "second.json").read_text())
     lead = next(row for row in second["cases"][0]["rows"] if row["ours"])
     assert lead["timings"]["stock"]["against"] > 10
-    assert second["command"].startswith("grpoforge ")
+    assert second["command"] == "grpoforge bench --quick"
 
 
 def test_a_kernel_beyond_its_bound_ends_with_1(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
