@@ -42,10 +42,10 @@ def make_model(folder: Path) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from grpoforge.config import ModelConfig
-    from grpoforge_plugins.policies.huggingface import load
+    from grpoforge.plugins import load_plugins
 
     torch.manual_seed(0)
-    tokenizer = load(ModelConfig(name="tiny-math")).tokenizer
+    tokenizer = load_plugins([]).hook.load_policy(model=ModelConfig()).tokenizer
     config = Qwen2Config(
         vocab_size=151_936,
         hidden_size=896,

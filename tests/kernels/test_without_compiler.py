@@ -33,4 +33,5 @@ def test_the_suite_passes(environment: dict[str, str], tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:]
     assert re.search(r"\d{3,} passed, \d+ skipped", done.stdout), "what needs the C++ kernels is skipped, and only that"
-    assert not list(tmp_path.rglob("*.so"))
+    # Where a compiler works, tests of the compilation itself use it.
+    assert "GRPOFORGE_KERNELS" in environment or not list(tmp_path.rglob("*.so"))
