@@ -29,9 +29,6 @@ class Steered:
 
     value: float
 
-    def update(self, measured: float, num_rows: int) -> None:
-        raise NotImplementedError
-
     def state_dict(self) -> dict[str, Any]:
         return {"value": self.value}
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from grpoforge.binding import Bound
 from grpoforge.coefficients import Coefficient, Steered
 from grpoforge.collate import collate, split
-from grpoforge.contracts import advantages_of, kl_of
+from grpoforge.contracts import advantages_of
 from grpoforge.distributed import Workers
 from grpoforge.drawing import Drawing, MorePrompts, no_more, with_penalty
 from grpoforge.errors import RunFailed
@@ -33,7 +33,7 @@ from grpoforge.metrics import (
     rollout_totals,
     sampling_difference,
 )
-from grpoforge.objective import Frozen, Objective, Update
+from grpoforge.objective import Frozen, Objective, Update, sampled_kl
 from grpoforge.policy import Policy, Reference, micro_batched
 from grpoforge.reduction import ReductionName, count, token_weights
 from grpoforge.scoring import ledger
@@ -168,15 +168,8 @@ class Engine:
         if self.algorithm.kl_penalty is None:
             return scores
         mask = batch.completion_mask
-        data = {
-            "logprobs": old,
-            "ref_logprobs": reference,
-            "old_logprobs": old,
-            "sampling_logprobs": batch.sampling_logprobs.to(old.dtype),
-            "completion_mask": mask,
-        }
-        estimate = kl_of(self.algorithm.kl_penalty, data, mask.shape)
-        estimate = torch.where(mask, estimate, torch.zeros_like(estimate))
+        sampling = batch.sampling_logprobs.to(old.dtype)
+        estimate = sampled_kl(self.algorithm.kl_penalty, old, reference, old, sampling, mask)
         meter.add_tokens(mask, {"kl": estimate})
         penalty = estimate.double().sum(dim=1).reshape(scores.rewards.shape[:2]).cpu()
         return with_penalty(scores, "kl", penalty, self.algorithm.beta.value)

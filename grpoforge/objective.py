@@ -136,20 +136,25 @@ class Objective:
 
 
 def kl_term(kl: Bound, frozen: Frozen, inputs: LossInputs, distributions: Mapping[str, Tensor] | None) -> Tensor:
-    """Per-token KL estimate to the reference, ``[b, T]``; 0 where masked.
-
-    Masked positions are made equal *before* the estimator: its exp could overflow there, and the gradient of a
-    value that is replaced afterwards is still ``0 * inf = NaN``.
-    """
+    """Per-token KL estimate to the reference, ``[b, T]``; 0 where masked."""
     mask = inputs.completion_mask
     if distributions is not None:
         estimate = kl_of(kl, distributions, (int(mask.sum()),))
         return torch.zeros_like(inputs.logprobs).masked_scatter(mask, estimate.to(inputs.logprobs.dtype))
+    return sampled_kl(kl, inputs.logprobs, frozen.reference, inputs.old_logprobs, inputs.sampling_logprobs, mask)
+
+
+def sampled_kl(kl: Bound, logprobs: Tensor, reference: Tensor, old: Tensor, sampling: Tensor, mask: Tensor) -> Tensor:
+    """What an estimator of sampled tokens makes of log-probs ``[b, T]``; 0 where masked.
+
+    Masked positions are made equal *before* the estimator: its exp could overflow there, and the gradient of a
+    value that is replaced afterwards is still ``0 * inf = NaN``.
+    """
     data = {
-        "logprobs": _masked(inputs.logprobs, mask),
-        "ref_logprobs": _masked(frozen.reference, mask),
-        "old_logprobs": _masked(inputs.old_logprobs, mask),
-        "sampling_logprobs": _masked(inputs.sampling_logprobs, mask),
+        "logprobs": _masked(logprobs, mask),
+        "ref_logprobs": _masked(reference, mask),
+        "old_logprobs": _masked(old, mask),
+        "sampling_logprobs": _masked(sampling, mask),
         "completion_mask": mask,
     }
     return _masked(kl_of(kl, data, mask.shape), mask)
