@@ -12,8 +12,8 @@ become a strict model from the signature: the annotation is the type, the defaul
 options as keyword-only parameters (for rules between options: raise ``GrpoforgeError`` there). Registered
 components are shown by ``grpoforge plugins``.
 
-Hooks are called before the first step (``register_*``, ``load_policy``) or between steps (``*_finished``);
-nothing in the arithmetic of a step goes through a hook.
+Hooks are called before the first step (``register_*``, ``load_policy``, ``policy_size``) or between steps
+(``*_finished``); nothing in the arithmetic of a step goes through a hook.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from grpoforge.config import ModelConfig
-    from grpoforge.policy import Policy
+    from grpoforge.policy import Policy, PolicySize
     from grpoforge.types import RunSummary, StepReport
 
 hookspec = pluggy.HookspecMarker("grpoforge")
@@ -137,6 +137,11 @@ def load_policy(model: ModelConfig) -> Policy | None:
 
     The built-in loader is ``trylast``, so a plugin that recognizes its own models comes before it.
     """
+
+
+@hookspec(firstresult=True)
+def policy_size(model: ModelConfig) -> PolicySize | None:
+    """How large the policy for ``model`` will be, without loading a weight; None for "not mine" or unknown."""
 
 
 @hookspec

@@ -25,7 +25,7 @@ from grpoforge_plugins.losses.gspo import GSPO, LUSPO, GSPOToken
 from grpoforge_plugins.losses.reinforce import DRO, TOPR, reinforce
 from grpoforge_plugins.losses.sapo import SAPO
 from grpoforge_plugins.losses.vespo import VESPO
-from grpoforge_plugins.policies import huggingface
+from grpoforge_plugins.policies import huggingface, size
 from grpoforge_plugins.rewards.brevity import brevity
 from grpoforge_plugins.rewards.format import format_reward
 from grpoforge_plugins.rewards.math import math
@@ -38,7 +38,7 @@ from grpoforge_plugins.trackers.tensorboard import TensorBoard
 
 if TYPE_CHECKING:
     from grpoforge.config import ModelConfig
-    from grpoforge.policy import Policy
+    from grpoforge.policy import Policy, PolicySize
 
 
 @hookimpl
@@ -131,6 +131,14 @@ def register_datasets(register: Any) -> None:
 @hookimpl(trylast=True)
 def load_policy(model: ModelConfig) -> Policy:
     """Any Hugging Face folder or hub id, and the embedded ``tiny-math``; asked last, after every other plugin."""
-    if model.name == "tiny-math":
-        model = model.model_copy(update={"name": str(tiny_math.MODEL_DIR)})
-    return huggingface.load(model)
+    return huggingface.load(_embedded(model))
+
+
+@hookimpl(trylast=True)
+def policy_size(model: ModelConfig) -> PolicySize | None:
+    return size.policy_size(_embedded(model))
+
+
+def _embedded(model: ModelConfig) -> ModelConfig:
+    """``model`` with its folder for a name where it comes with this package."""
+    return model.model_copy(update={"name": str(tiny_math.MODEL_DIR)}) if model.name == "tiny-math" else model
