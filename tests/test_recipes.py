@@ -20,7 +20,9 @@ from grpoforge.yaml_source import dump_yaml, parse_yaml, read_recipe, recipe_lay
 ROOT = Path(__file__).parents[1]
 RECIPES = recipe_names()
 TASKS = ["gsm8k-qwen2.5-0.5b", "tiny-math"]
-ALGORITHMS = [name for name in RECIPES if name not in TASKS]
+SAMPLERS = ["paired"]
+"""Recipes that choose a sampler too; each has a benchmark of its own."""
+ALGORITHMS = [name for name in RECIPES if name not in TASKS + SAMPLERS]
 OF_AN_ALGORITHM = {
     "recipe",
     "rewards",
@@ -40,10 +42,10 @@ def check(config: Config) -> None:
     host = load_plugins()
     choose_rewards(config.rewards, host)
     choose_measured(config, host)
-    choose("sampler", config.sampler, host)
     advantage, loss, kl = (choose(kind, getattr(config, kind), host).build() for kind in ("advantage", "loss", "kl"))
     corrections = tuple((part.name, choose("correction", part, host).build()) for part in config.corrections)
-    check_together(config, advantage, loss, kl, corrections)
+    sampler = choose("sampler", config.sampler, host).build()
+    check_together(config, sampler=sampler, advantage=advantage, loss=loss, kl=kl, corrections=corrections)
     for tracker in config.trackers:
         choose("tracker", tracker, host)
 
@@ -94,6 +96,16 @@ def test_an_algorithm_is_parts_only_and_goes_over_any_task(name: str) -> None:
     assert (config.recipe, config.model.name) == (f"gsm8k-qwen2.5-0.5b+{name}", "Qwen/Qwen2.5-0.5B-Instruct")
     assert config.optim.learning_rate == 1e-6
     check(config)
+
+
+def test_paired_draws_as_many_pairs_as_a_batch_has_and_leaves_the_length_to_the_task() -> None:
+    for task, length in (("tiny-math", 64), ("gsm8k-qwen2.5-0.5b", 320)):
+        config = build(base_layers([task, "paired"]))
+        check(config)
+        assert config.sampler.options["max_completion_length"] == length
+        assert config.sampler.options["temperatures"] == [0.7, 1.3]
+        assert config.batch.prompts_per_step * config.batch.completions_per_prompt == 2 * 64
+    assert set(read_recipe("paired")) <= {*OF_AN_ALGORITHM, "sampler"}
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
