@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,8 @@ from typing import Any
 from grpoforge.combinations import check_together
 from grpoforge.config import Config, DataConfig, Origins, Part, RewardPart
 from grpoforge.data import columns_of, hold_out, rename_columns, usable
-from grpoforge.errors import ConfigError, DataError, GrpoforgeError, PluginError, first_line, suggest
+from grpoforge.errors import ConfigError, DataError, GrpoforgeError, first_line, suggest
+from grpoforge.origins import from_option, from_origin
 from grpoforge.plugins import PluginHost
 from grpoforge.registry import Component, Kind
 from grpoforge.scoring import BUILTIN_DATA, BoundReward
@@ -91,13 +90,9 @@ def resolve(config: Config, host: PluginHost) -> Parts:
     origins = config.origins
     parts = {kind: choose(kind, part, host, origins, (kind,)) for kind, part in _single_parts(config).items()}
     corrections = [choose("correction", one, host, origins, ("corrections", one.name)) for one in config.corrections]
-    check_together(
-        config,
-        _built(parts["advantage"], origins, "advantage"),
-        _built(parts["loss"], origins, "loss"),
-        _built(parts["kl"], origins, "kl"),
-        tuple((one.component.name, _built(one, origins, "corrections", one.component.name)) for one in corrections),
-    )
+    built: dict[str, Any] = {kind: _built(chosen, origins, kind) for kind, chosen in parts.items()}
+    named = tuple((one.component.name, _built(one, origins, "corrections", one.component.name)) for one in corrections)
+    check_together(config, corrections=named, **built)
     trackers = tuple(
         (part.name, choose("tracker", part, host, origins, ("trackers", part.name))) for part in config.trackers
     )
@@ -126,42 +121,20 @@ def choose(kind: Kind, part: Part, host: PluginHost, origins: Origins = NOWHERE,
         ConfigError: an option unknown, missing or of the wrong type. Both say where the value at the key ``path``
             came from.
     """
-    with _from(origins.of(*path, "name")):
+    with from_origin(origins.of(*path, "name")):
         component = host.registry.get(kind, part.name)
     return _with_options(component, part.options, origins, path)
 
 
 def _with_options(component: Component, options: Mapping[str, Any], origins: Origins, path: Sequence[str]) -> Chosen:
-    with _from_option(origins, path):
+    with from_option(origins, path):
         component.validate(options)
     return Chosen(component, options)
 
 
 def _built(chosen: Chosen, origins: Origins, *path: str) -> Any:
-    with _from_option(origins, path):
+    with from_option(origins, path):
         return chosen.build()
-
-
-@contextlib.contextmanager
-def _from_option(origins: Origins, path: Sequence[str]) -> Iterator[None]:
-    """Errors from inside say where the option that they name first came from, or else the component's name."""
-    try:
-        yield
-    except ConfigError as error:
-        named = re.search(r"options? `(\w+)", error.message)
-        with _from(origins.of(*path, named[1] if named else "name")):
-            raise
-
-
-@contextlib.contextmanager
-def _from(origin: str) -> Iterator[None]:
-    """Errors from inside say where the value came from, at the end of their first line."""
-    try:
-        yield
-    except (ConfigError, DataError, PluginError) as error:
-        first, newline, rest = error.message.partition("\n")
-        colon = ":" if newline and first.endswith(":") else ""
-        raise type(error)(f"{first.removesuffix(colon)}{origin}{colon}{newline}{rest}", error.hint) from error
 
 
 def choose_rewards(
@@ -196,7 +169,7 @@ def _choose_reward(part: RewardPart, host: PluginHost, origins: Origins) -> Chos
     path = ("rewards", part.name)
     known, _, last = part.name.rpartition(":")
     if known.endswith(".py"):
-        with _from(origins.of(*path, "name")):
+        with from_origin(origins.of(*path, "name")):
             component = _of_file(known, last, host)
         return _with_options(component, part.options, origins, path)
     if host.registry.named(known, "reward") and not host.registry.named(part.name, "reward"):
@@ -235,7 +208,7 @@ def choose_measured(config: Config, host: PluginHost) -> tuple[tuple[ChosenRewar
     for reward in rewards:
         if config.eval.reward in (reward.name, reward.chosen.component.id):
             return rewards, reward
-    with _from(config.origins.of("eval", "reward")):
+    with from_origin(config.origins.of("eval", "reward")):
         component = host.registry.get("reward", config.eval.reward)
     for reward in rewards:
         if reward.chosen.component is component:
@@ -323,9 +296,9 @@ def _read(name: str, config: Config, host: PluginHost, split: str) -> list[Row |
     origin = config.origins.of("data", "dataset" if name == config.data.dataset else "eval_dataset")
     if _is_elsewhere(name):
         _refuse_options(name, options, config.origins)
-        with _from(origin):
+        with from_origin(origin):
             return read_path(name) if is_path(name) else read_hub(name, split, options.get("config"))
-    with _from(origin):
+    with from_origin(origin):
         if os.path.isdir(name) and not host.registry.named(name, "dataset"):
             raise DataError(f"unknown dataset `{name}`", f"the folder of that name is `./{name}`")
         component = host.registry.get("dataset", name)

@@ -8,8 +8,10 @@ from grpoforge import hookimpl
 from grpoforge_plugins import tiny_math
 from grpoforge_plugins.advantages.batch import batch_std, gdpo, prpo, reinforce_pp, reinforce_pp_baseline
 from grpoforge_plugins.advantages.group import gpg, group, group_mean, leave_one_out, maxrl, opo, robust
+from grpoforge_plugins.advantages.paired import Paired
 from grpoforge_plugins.advantages.pass_at_k import PassAtK
 from grpoforge_plugins.corrections.mask import GeometricMask, IcePop, SequenceMask, opsm
+from grpoforge_plugins.corrections.target import TargetSequenceMask, TargetTIS
 from grpoforge_plugins.corrections.truncate import TwoSidedTIS, tis, tis_sequence
 from grpoforge_plugins.datasets.tiny_math import tiny_math as tiny_math_problems
 from grpoforge_plugins.kl.corrected import k1_corrected, k3_corrected
@@ -31,6 +33,7 @@ from grpoforge_plugins.rewards.format import format_reward
 from grpoforge_plugins.rewards.math import math
 from grpoforge_plugins.rewards.overlong import soft_overlong
 from grpoforge_plugins.samplers.hf import HFSampler
+from grpoforge_plugins.samplers.paired import PairedSampler
 from grpoforge_plugins.trackers.console import Console
 from grpoforge_plugins.trackers.jsonl import Jsonl
 from grpoforge_plugins.trackers.rollouts import RolloutsFile
@@ -52,6 +55,7 @@ def register_rewards(register: Any) -> None:
 @hookimpl
 def register_samplers(register: Any) -> None:
     register("hf", HFSampler)
+    register("paired", PairedSampler)
 
 
 @hookimpl
@@ -69,6 +73,7 @@ def register_advantages(register: Any) -> None:
     register("gpg", gpg)
     register("prpo", prpo)
     register("robust", robust)
+    register("paired", Paired)
 
 
 @hookimpl
@@ -94,6 +99,8 @@ def register_corrections(register: Any) -> None:
     register("sequence_mask", SequenceMask)
     register("geometric_mask", GeometricMask)
     register("opsm", opsm)
+    register("target_tis", TargetTIS)
+    register("target_sequence_mask", TargetSequenceMask)
 
 
 @hookimpl
