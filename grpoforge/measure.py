@@ -99,7 +99,7 @@ class Measurement:
     def about(self) -> dict[str, Any]:
         """What a file of the outcomes says of them."""
         names = ("model", "dataset", "correctness", "max_completion_length", "seed", "samples")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"temperatures": list(self.temperatures)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,19 +148,18 @@ def measure(config: Config, other: Config | Path | None = None) -> Measurement |
         )
         evaluation, policy = setting.evaluation(config)
         if stored is not None:
-            check_same_problems(stored, _problems(evaluation), str(other))
+            check_same_problems(stored[0], _problems(evaluation), str(other))
         metrics, outcomes = examine(evaluation, policy)
         del policy  # two models need not fit side by side
-        comparison = None
-        if isinstance(other, Config):
+        found = _describe(config, evaluation, metrics, outcomes)
+        if stored is not None:
+            _tell_differences(str(other), stored[1], found.about())
+            found = _compared(found, evaluation, str(other), stored[0])
+        elif isinstance(other, Config):
             second, policy = setting.evaluation(other)
             check_same_problems(outcomes, _problems(second), other.model.name)
-            stored = examine(second, policy)[1]
-        if stored is not None:
-            name = other.model.name if isinstance(other, Config) else str(other)
-            names = (config.model.name, name)
-            comparison = compare(names, outcomes, stored, evaluation.figures_of, mix(config.seed, 4))
-        return _describe(config, evaluation, metrics, outcomes, comparison) if workers.is_main else None
+            found = _compared(found, evaluation, other.model.name, examine(second, policy)[1])
+        return found if workers.is_main else None
     finally:
         stop_workers()
 
@@ -183,14 +182,14 @@ def _takes_temperature(component: Component) -> bool:
     return any(option.name == "temperature" for option in component.option_parameters)
 
 
-def _read_stored(path: Path, correctness: str) -> tuple[Outcome, ...]:
+def _read_stored(path: Path, correctness: str) -> tuple[tuple[Outcome, ...], dict[str, Any]]:
     outcomes, about = read_results(path)
     if about.get("correctness") != correctness:
         raise DataError(
             f"{path} says what is right by `{about.get('correctness')}`, and here `{correctness}` does",
             "compare by the same reward: `--set eval.reward=NAME`",
         )
-    return outcomes
+    return outcomes, about
 
 
 def _problems(evaluation: Evaluation) -> list[dict[str, Any]]:
@@ -212,7 +211,6 @@ def _describe(
     evaluation: Evaluation,
     metrics: Mapping[str, float],
     outcomes: tuple[Outcome, ...],
-    comparison: Comparison | None,
 ) -> Measurement:
     figures = [evaluation.figures_of(outcome) for outcome in outcomes]
     seed = mix(config.seed, 4)
@@ -220,7 +218,7 @@ def _describe(
     attempts: dict[str, list[Attempt]] = {"greedy": [outcome.greedy for outcome in outcomes]}
     attempts |= {"sampled": samples} if samples else {}
     reads = evaluation.reads_answers
-    if not reads:
+    if not reads and evaluation.workers.is_main:
         logger.info(
             "reward `%s` declares no `answer_of`: neither majority votes nor answers that cannot be read are counted",
             evaluation.correctness,
@@ -237,6 +235,21 @@ def _describe(
         temperatures=tuple(sorted({sample.temperature for sample in samples})),
         intervals={name: estimate([one[name] for one in figures], seed=seed) for name in figures[0]},
         counts={kind: tally(some, reads_answers=reads) for kind, some in attempts.items()},
-        comparison=comparison,
+        comparison=None,
         outcomes=outcomes,
     )
+
+
+def _compared(found: Measurement, evaluation: Evaluation, name: str, others: Sequence[Outcome]) -> Measurement:
+    """``found`` with its comparison with the outcomes ``others`` of ``name``."""
+    names = (found.model, name)
+    comparison = compare(names, found.outcomes, others, evaluation.figures_of, mix(found.seed, 4))
+    return dataclasses.replace(found, comparison=comparison)
+
+
+def _tell_differences(file: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Warn of results that were had in another way: not refused, since that may be the question."""
+    both_sampled = there.get("samples") and here["samples"]
+    for name in ("max_completion_length", *(("temperatures",) if both_sampled else ())):
+        if there.get(name) != here[name]:
+            logger.warning("%s was measured with `%s` %s, and this with %s", file, name, there.get(name), here[name])

@@ -328,6 +328,7 @@ def test_a_model_against_itself(cli: Callable[..., Any], model: Callable[..., st
     assert found["verdict"].startswith("Greedy, A and B are right on the same problems.")
 
 
+@pytest.mark.slow
 def test_another_model_live_and_from_its_file(
     cli: Callable[..., Any], refused: Callable[..., Any], run: str, tmp_path: Path
 ) -> None:
@@ -342,6 +343,10 @@ def test_another_model_live_and_from_its_file(
     stored = measured(cli, "tiny-math", *flags, "--compare", "other.parquet")["comparison"]
     assert stored["b"] == "other.parquet"
     assert {**stored, "b": ""} == {**live["comparison"], "b": ""}
+    shorter = ("--set", "sampler.max_completion_length=9", "--temperature", "0.5")
+    said = cli("eval", "tiny-math", *flags, *shorter, "--compare", "other.parquet")
+    assert "warning: other.parquet was measured with `max_completion_length` 64, and this with 9\n" in said.err
+    assert "warning: other.parquet was measured with `temperatures` [1.0], and this with [0.5]\n" in said.err
     assert refused("eval", "tiny-math", "--num-problems", "5", "--compare", "other.parquet") == (
         "other.parquet has other problems: 6 on one side, 5 on the other",
         "compare on the same problems: the same `--dataset`, `--num-problems` and `data.*`",
