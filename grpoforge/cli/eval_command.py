@@ -28,39 +28,48 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+Samples = Annotated[
+    int | None, typer.Option(metavar="K", help="Also draw K completions per problem: mean@K, pass@k, maj@k.")
+]
+Temperature = Annotated[
+    float | None, typer.Option(metavar="T", help="Draw them at this temperature; by default as in training.")
+]
+Ks = Annotated[
+    str | None, typer.Option("--k", metavar="K,...", help="The k of pass@k and maj@k; by default 1,2,4,...,K.")
+]
+Checkpoint = Annotated[
+    str | None, typer.Option(metavar="WHICH", help="Of a run: best (the default), last, or a step's number.")
+]
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE", help="Of a model: where data, rewards and sampler come from; tiny-math by default."
+    ),
+]
+Compare = Annotated[
+    str | None,
+    typer.Option(metavar="RUN|MODEL|FILE", help="Compare on the same problems; FILE is what --output wrote."),
+]
+Output = Annotated[
+    Path | None, typer.Option(metavar="FILE.parquet", help="Also write every problem, completion and verdict.")
+]
+
+
 def evaluate(
     what: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run directory, or a model folder, name or id.")],
     dataset: Dataset = None,
-    samples: Annotated[
-        int | None, typer.Option(metavar="K", help="Also draw K completions per problem: mean@K, pass@k, maj@k.")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(metavar="T", help="Draw them at this temperature; by default as in training.")
-    ] = None,
-    k: Annotated[
-        str | None, typer.Option("--k", metavar="K,...", help="The k of pass@k and maj@k; by default 1,2,4,...,K.")
-    ] = None,
+    samples: Samples = None,
+    temperature: Temperature = None,
+    k: Ks = None,
     sampler: Annotated[str | None, typer.Option(metavar="NAME", help="The sampler; by default as in training.")] = None,
     num_problems: Annotated[int | None, typer.Option(metavar="N", help="Problems to evaluate on.")] = None,
-    checkpoint: Annotated[
-        str | None, typer.Option(metavar="WHICH", help="Of a run: best (the default), last, or a step's number.")
-    ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME|FILE", help="Of a model: where data, rewards and sampler come from; tiny-math by default."
-        ),
-    ] = None,
+    checkpoint: Checkpoint = None,
+    recipe: Recipe = None,
     reward: Rewards = None,
     plugin: PluginFiles = None,
     set_: Overrides = None,
-    compare: Annotated[
-        str | None,
-        typer.Option(metavar="RUN|MODEL|FILE", help="Compare on the same problems; FILE is what --output wrote."),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option(metavar="FILE.parquet", help="Also write every problem, completion and verdict.")
-    ] = None,
+    compare: Compare = None,
+    output: Output = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
 ) -> None:
     """Measure a run's model, or any model, on held-out problems: accuracy with its uncertainty, lengths, rewards."""
