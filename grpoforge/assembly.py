@@ -20,6 +20,7 @@ from grpoforge.errors import ConfigError, GrpoforgeError, ModelError
 from grpoforge.evaluation import Evaluation
 from grpoforge.fused import fuse
 from grpoforge.objective import Objective, coupling_of
+from grpoforge.outcomes import default_k
 from grpoforge.parts import ChosenReward, Parts, bind_reward
 from grpoforge.plugins import PluginHost
 from grpoforge.policy import Policy
@@ -145,10 +146,12 @@ def make_evaluation(
     prompts = to_prompts(rows, policy.tokenizer, prompt_format(config, policy, sampler))
     return Evaluation(
         prompts=prompts,
+        question=config.data.prompt,
         sampler=sampler,
         rewards=[bind_reward(reward, list(prompts[0].columns)) for reward in rewards],
         correctness=correctness,
         samples=config.eval.samples,
+        ks=config.eval.k or default_k(config.eval.samples),
         batch_size=config.eval.batch_size,
         seed=mix(config.seed, 2),
         workers=workers,

@@ -201,6 +201,8 @@ class EvalConfig(Section):
     """The reward that says whether a completion is right (1.0 is right); by default the run's first reward."""
     samples: NonNegative = 0
     """Completions per problem drawn as in training, beside the greedy one; 0 for none."""
+    k: list[Positive] | None = None
+    """Of pass@k and maj@k; by default 1, 2, 4, ... and ``samples``."""
     batch_size: Positive = 256
     """Completions decoded at a time."""
     metric: str = "eval_pass@1"
@@ -324,6 +326,21 @@ def check_batch(config: Config) -> None:
             f"`batch.micro_batch_size` is {micro}{origins.of('batch', 'micro_batch_size')}, more than the "
             f"{config.minibatch_size} completions of a minibatch",
             f"use at most {config.minibatch_size}",
+        )
+
+
+def check_samples(config: Config) -> None:
+    """Refuse a ``k`` of pass@k that is more than the completions there are of a problem.
+
+    Raises:
+        ConfigError: ``eval.k`` goes beyond ``eval.samples``.
+    """
+    largest, samples = max(config.eval.k or [0]), config.eval.samples
+    if largest > samples:
+        raise ConfigError(
+            f"`eval.k` has {largest}{config.origins.of('eval', 'k')}, and there are {samples} samples of each problem"
+            f"{config.origins.of('eval', 'samples')}",
+            f"draw at least {largest} (`--set eval.samples={largest}`), or leave {largest} out",
         )
 
 

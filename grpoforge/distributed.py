@@ -81,6 +81,15 @@ class Workers:
         dist.all_reduce(gathered)
         return gathered.to(rows.device)
 
+    def gather_lines(self, lines: Sequence[str]) -> list[str]:
+        """The ``lines`` of every rank, rank after rank: texts without a newline."""
+        if self.size == 1:
+            return list(lines)
+        content = bytearray("".join(f"{line}\n" for line in lines).encode())
+        # A tensor of no bytes cannot be made from a buffer.
+        mine = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+        return self.gather(mine).numpy().tobytes().decode().split("\n")[:-1]
+
     def from_main(self, text: str) -> str:
         """The main rank's ``text``, on every rank: for what only one may decide, such as a folder's name."""
         if self.size == 1:

@@ -128,6 +128,11 @@ def take_steps(build: dict[str, Any], workers: Workers) -> tuple[dict[str, torch
     return tensors, metrics
 
 
+def as_bytes(lines: list[str]) -> torch.Tensor:
+    """``lines`` as JSON in a tensor, which is what processes hand to the test."""
+    return torch.tensor(list(json.dumps(lines).encode()), dtype=torch.uint8)
+
+
 def gather_ragged(build: dict[str, Any], workers: Workers) -> dict[str, torch.Tensor]:
     """Rows of every process, of which there are not equally many; and the tokens of highest entropy."""
     num_rows = 4 - 3 * workers.rank
@@ -140,6 +145,8 @@ def gather_ragged(build: dict[str, Any], workers: Workers) -> dict[str, torch.Te
     return {
         "rows": workers.gather(rows),
         "whole numbers": workers.gather(torch.arange(3 * workers.rank)),
+        "lines": as_bytes(workers.gather_lines([] if workers.rank == 0 else ["é \u2028", "", "z"])),
+        "more lines": as_bytes(workers.gather_lines([f"rank {workers.rank}"])),
         "entropy": workers.gather(entropy[mask]),
         "high": workers.gather(engine.high_entropy(entropy, mask)[mask]),
     }
@@ -271,6 +278,8 @@ def test_rows_of_all_processes_are_gathered_in_order(one: Any, two: Any) -> None
     for tensors, _ in two:
         assert tensors["gathered/rows"].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7], [100, 101]]
         assert tensors["gathered/whole numbers"].tolist() == [0, 1, 2], "one process had none"
+        assert json.loads(bytes(tensors["gathered/lines"].tolist())) == ["é \u2028", "", "z"], "one process had none"
+        assert json.loads(bytes(tensors["gathered/more lines"].tolist())) == ["rank 0", "rank 1"]
         torch.testing.assert_close(tensors["gathered/entropy"], one[0]["gathered/entropy"], rtol=0, atol=1e-12)
 
 
