@@ -30,6 +30,7 @@ from grpoforge_plugins.rewards.brevity import brevity
 from grpoforge_plugins.rewards.format import format_reward
 from grpoforge_plugins.rewards.math import Math
 from grpoforge_plugins.rewards.overlong import soft_overlong
+from grpoforge_plugins.rewards.reasoning import reasoning
 from grpoforge_plugins.samplers.hf import HFSampler
 from grpoforge_plugins.trackers.console import Console
 from grpoforge_plugins.trackers.jsonl import Jsonl
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 @hookimpl
 def register_rewards(register: Any) -> None:
     register("math", Math, weight=1.0)
+    register("reasoning", reasoning, weight=0.5)
     register("brevity", brevity, weight=0.1, gate="math")
     register("format", format_reward, weight=0.2)
     register("soft_overlong", soft_overlong, weight=1.0)
