@@ -28,9 +28,12 @@ from grpoforge_plugins.losses.vespo import VESPO
 from grpoforge_plugins.policies import huggingface
 from grpoforge_plugins.rewards.brevity import brevity
 from grpoforge_plugins.rewards.format import format_reward
+from grpoforge_plugins.rewards.language import language
+from grpoforge_plugins.rewards.length import CosineLength
 from grpoforge_plugins.rewards.math import Math
 from grpoforge_plugins.rewards.overlong import soft_overlong
 from grpoforge_plugins.rewards.reasoning import reasoning
+from grpoforge_plugins.rewards.repetition import repetition
 from grpoforge_plugins.samplers.hf import HFSampler
 from grpoforge_plugins.trackers.console import Console
 from grpoforge_plugins.trackers.jsonl import Jsonl
@@ -48,6 +51,9 @@ def register_rewards(register: Any) -> None:
     register("reasoning", reasoning, weight=0.5)
     register("brevity", brevity, weight=0.1, gate="math")
     register("format", format_reward, weight=0.2)
+    register("length", CosineLength, weight=1.0)
+    register("repetition", repetition, weight=0.1)
+    register("language", language, weight=0.1)
     register("soft_overlong", soft_overlong, weight=1.0)
 
 
