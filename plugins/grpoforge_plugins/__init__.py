@@ -34,6 +34,7 @@ from grpoforge_plugins.rewards.math import Math
 from grpoforge_plugins.rewards.overlong import soft_overlong
 from grpoforge_plugins.rewards.reasoning import reasoning
 from grpoforge_plugins.rewards.repetition import repetition
+from grpoforge_plugins.rewards.reward_model import RewardModel
 from grpoforge_plugins.samplers.hf import HFSampler
 from grpoforge_plugins.trackers.console import Console
 from grpoforge_plugins.trackers.jsonl import Jsonl
@@ -54,6 +55,7 @@ def register_rewards(register: Any) -> None:
     register("length", CosineLength, weight=1.0)
     register("repetition", repetition, weight=0.1)
     register("language", language, weight=0.1)
+    register("reward_model", RewardModel, weight=1.0)
     register("soft_overlong", soft_overlong, weight=1.0)
 
 
