@@ -11,11 +11,13 @@ from typing import Any
 
 from grpoforge import checkpoint
 from grpoforge.assembly import load_policy, make_evaluation
+from grpoforge.choice import choose
 from grpoforge.config import Config
 from grpoforge.distributed import Workers
 from grpoforge.errors import CheckpointError
 from grpoforge.launch import load_host, read_run_config
-from grpoforge.parts import choose, choose_measured, load_eval_rows
+from grpoforge.parts import choose_measured
+from grpoforge.problems import load_eval_rows, load_examples
 from grpoforge.run_dir import RunDir
 from grpoforge.seeds import seed_everything
 
@@ -83,9 +85,10 @@ def measure(config: Config) -> Measurement:
     measured, correctness = choose_measured(config, host)
     sampler = choose("sampler", config.sampler, host, config.origins, ("sampler",)).build()
     rows = load_eval_rows(config, host, measured)
+    examples = load_examples(config, host, measured)
     seed_everything(config.seed)
     policy = load_policy(config, host)
-    evaluation = make_evaluation(config, policy, sampler, (measured, correctness.name), rows, Workers())
+    evaluation = make_evaluation(config, policy, sampler, (measured, correctness.name), rows, Workers(), examples)
     return Measurement(
         model=config.model.name,
         dataset=config.data.eval_dataset or config.data.dataset,
