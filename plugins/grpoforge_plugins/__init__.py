@@ -11,6 +11,7 @@ from grpoforge_plugins.advantages.group import gpg, group, group_mean, leave_one
 from grpoforge_plugins.advantages.pass_at_k import PassAtK
 from grpoforge_plugins.corrections.mask import GeometricMask, IcePop, SequenceMask, opsm
 from grpoforge_plugins.corrections.truncate import TwoSidedTIS, tis, tis_sequence
+from grpoforge_plugins.datasets.gsm8k import gsm8k
 from grpoforge_plugins.datasets.tiny_math import tiny_math as tiny_math_problems
 from grpoforge_plugins.kl.corrected import k1_corrected, k3_corrected
 from grpoforge_plugins.kl.full import full, full_forward
@@ -126,6 +127,7 @@ def register_trackers(register: Any) -> None:
 @hookimpl
 def register_datasets(register: Any) -> None:
     register("tiny-math", tiny_math_problems)
+    register("gsm8k", gsm8k)
 
 
 @hookimpl(trylast=True)
