@@ -29,6 +29,17 @@ class Reference(Protocol):
     def distributions(self, batch: Batch) -> tuple[TokenLogprobs, Tensor]: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """What a policy reads with: its tokenizer, and how far it reads. No weights."""
+
+    tokenizer: Any
+    context_length: int | None
+    """Positions the model was made for; None when its configuration does not say."""
+    notes: tuple[str, ...] = ()
+    """What a person should know: ``no chat template: plain prompt template``."""
+
+
 class Policy:
     """A model and its tokenizer. ``version`` counts the optimizer steps its weights have taken."""
 

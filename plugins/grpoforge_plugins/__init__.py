@@ -39,7 +39,7 @@ from grpoforge_plugins.trackers.tensorboard import TensorBoard
 
 if TYPE_CHECKING:
     from grpoforge.config import ModelConfig
-    from grpoforge.policy import Policy
+    from grpoforge.policy import Policy, Reader
 
 
 @hookimpl
@@ -133,6 +133,16 @@ def register_datasets(register: Any) -> None:
 @hookimpl(trylast=True)
 def load_policy(model: ModelConfig) -> Policy:
     """Any Hugging Face folder or hub id, and the embedded ``tiny-math``; asked last, after every other plugin."""
-    if model.name == "tiny-math":
-        model = model.model_copy(update={"name": str(tiny_math.MODEL_DIR)})
-    return huggingface.load(model)
+    return huggingface.load(_embedded(model))
+
+
+@hookimpl(trylast=True)
+def load_reader(model: ModelConfig) -> Reader:
+    """The tokenizer and the context of what `load_policy` loads."""
+    return huggingface.load_reader(_embedded(model))
+
+
+def _embedded(model: ModelConfig) -> ModelConfig:
+    if model.name != "tiny-math":
+        return model
+    return model.model_copy(update={"name": str(tiny_math.MODEL_DIR)})
