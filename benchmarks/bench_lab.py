@@ -41,8 +41,8 @@ def number(value: float | None, digits: int = 2) -> str:
     """``value`` with so many decimals; - for none."""
     if value is None:
         return "-"
-    # Neither rounding nor the sign of a zero is a figure.
-    return f"{0.0 if abs(value) < 0.5 * 10**-digits else value:.{digits}f}"
+    # Neither the last bit, which differs between machines, nor the sign of a zero is a figure.
+    return f"{0.0 if abs(value) < 0.5 * 10**-digits else round(value, 9):.{digits}f}"
 
 
 def kl_tables(report: Row) -> str:

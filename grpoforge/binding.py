@@ -12,7 +12,9 @@ from grpoforge.errors import PluginError, suggest
 ADVANTAGE_DATA = ("rewards", "weights", "lengths", "temperatures")
 KL_DATA = ("logprobs", "ref_logprobs", "old_logprobs", "sampling_logprobs", "completion_mask")
 DISTRIBUTION_DATA = ("distribution", "ref_distribution")
-CORRECTION_DATA = ("logprobs", "old_logprobs", "sampling_logprobs", "advantages", "completion_mask")
+CORRECTION_DATA = (
+    *("logprobs", "old_logprobs", "sampling_logprobs", "target_logprobs", "advantages", "completion_mask"),
+)
 
 KNOWN_DATA: Mapping[str, tuple[str, ...]] = {
     "advantage": ADVANTAGE_DATA,

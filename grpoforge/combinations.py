@@ -9,23 +9,28 @@ from grpoforge.binding import bind
 from grpoforge.config import Config
 from grpoforge.declarations import declared
 from grpoforge.errors import ConfigError
+from grpoforge.origins import from_option
 
 logger = logging.getLogger(__name__)
 
 
 def check_together(
-    config: Config, advantage: Any, loss: Any, kl: Any, corrections: tuple[tuple[str, Any], ...]
+    config: Config, *, sampler: Any, advantage: Any, loss: Any, kl: Any, corrections: tuple[tuple[str, Any], ...]
 ) -> None:
     """Refuse combinations of built components that cannot mean anything.
 
     Raises:
-        ConfigError: a correction given twice; the group is too small for the advantage; a KL estimator that reads the
-            whole vocabulary is to be a reward, or to be kept for a whole minibatch; a sequence-level loss with a
-            token-level correction; a target for a KL that is off.
+        ConfigError: a correction given twice, or two that look at different temperatures; a group too small for the
+            advantage, or no multiple of what sampler or advantage take together; a batch that one of them refuses; a
+            KL estimator that reads the whole vocabulary is to be a reward, or to be kept for a whole minibatch; a
+            sequence-level loss with a token-level correction; a target for a KL that is off.
         PluginError: a component asks for data that it cannot be given.
     """
     bind("advantage", advantage)
     _check_group(config, advantage)
+    check_blocks(config, "advantage", advantage)
+    check_blocks(config, "sampler", sampler)
+    check_samples(config, sampler)
     _check_kl(config, kl)
     _check_memory(config, loss, kl)
     names = [name for name, _ in corrections]
@@ -37,6 +42,7 @@ def check_together(
             )
         bind("correction", correction)
         _check_levels(config, loss, name, correction)
+    _check_targets(config, corrections)
 
 
 def _check_group(config: Config, advantage: Any) -> None:
@@ -50,8 +56,64 @@ def _check_group(config: Config, advantage: Any) -> None:
     if group == 2 and declared(advantage, "scales_by_std", False):
         logger.warning(
             "with 2 completions per prompt advantage `%s` keeps only the sign of their gap in reward, not its size; "
-            "`group_mean`, `batch_std` and `leave_one_out` keep it",
+            "`paired`, `group_mean`, `batch_std` and `leave_one_out` keep it",
             name,
+        )
+
+
+def check_blocks(config: Config, kind: str, component: Any) -> None:
+    """Refuse groups that cannot be divided into the blocks that the sampler or the advantage works with.
+
+    Raises:
+        ConfigError: completions per prompt that are no multiple of its ``block``; a batch that its ``check_batch``
+            refuses.
+    """
+    batch, origins = config.batch, config.origins
+    block: int = declared(component, "block", 1)
+    if batch.completions_per_prompt % block:
+        raise ConfigError(
+            f"`batch.completions_per_prompt` is {batch.completions_per_prompt}"
+            f"{origins.of('batch', 'completions_per_prompt')}, and {kind} `{getattr(config, kind).name}` takes them "
+            f"{block} at a time",
+            _multiples(batch.completions_per_prompt, block),
+        )
+    if hasattr(component, "check_batch"):
+        with from_option(origins, (kind,)):
+            component.check_batch(batch.prompts_per_step, batch.completions_per_prompt)
+
+
+def check_samples(config: Config, sampler: Any) -> None:
+    """Refuse sampled evaluation of a number of completions that the sampler cannot draw.
+
+    Raises:
+        ConfigError: ``eval.samples`` is no multiple of the sampler's ``block``.
+    """
+    block: int = declared(sampler, "block", 1)
+    if config.eval.samples % block:
+        raise ConfigError(
+            f"`eval.samples` is {config.eval.samples}{config.origins.of('eval', 'samples')}, and sampler "
+            f"`{config.sampler.name}` draws {block} completions at a time",
+            _multiples(config.eval.samples, block),
+        )
+
+
+def _multiples(count: int, block: int) -> str:
+    below, above = count // block * block, (count // block + 1) * block
+    return f"use {below} or {above}" if below else f"use {above}"
+
+
+def _check_targets(config: Config, corrections: tuple[tuple[str, Any], ...]) -> None:
+    """One pass gives the log-probs at one temperature."""
+    found = {
+        name: float(declared(one, "target_temperature", 1.0))
+        for name, one in corrections
+        if "target_logprobs" in bind("correction", one).data
+    }
+    if len(set(found.values())) > 1:
+        shown = " and ".join(f"`{name}` at {temperature:g}" for name, temperature in found.items())
+        raise ConfigError(
+            f"the corrections look at different temperatures{config.origins.of('corrections')}: {shown}",
+            "give all of them one `target_temperature`",
         )
 
 

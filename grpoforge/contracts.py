@@ -5,20 +5,23 @@ Shapes only inside a micro-batch, never values, so no device is ever synchronise
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from grpoforge.binding import Bound
 from grpoforge.errors import PluginError
+from grpoforge.metrics import Totals
 from grpoforge.types import Loss, LossInputs
 
 PER_TOKEN = "a loss returns per-token values and normalizes nothing"
 PAIR = f"return `(per_token_loss, metrics)`: {PER_TOKEN}"
 
 
-def advantages_of(advantage: Bound, data: Mapping[str, Tensor]) -> Tensor:
-    """What ``advantage`` makes of the rewards, ``[P, G]``, finite and without gradient.
+def advantages_of(advantage: Bound, data: Mapping[str, Tensor]) -> tuple[Tensor, Totals]:
+    """What ``advantage`` makes of the rewards: ``[P, G]``, finite and without gradient, and metrics as totals.
 
     Args:
         data: by the names of `grpoforge.binding.ADVANTAGE_DATA`.
@@ -26,9 +29,11 @@ def advantages_of(advantage: Bound, data: Mapping[str, Tensor]) -> Tensor:
     Raises:
         PluginError: it returned anything else.
     """
-    advantages: Tensor = advantage(data)
+    output: Any = advantage(data)
     source = f"advantage `{_name(advantage.function)}` returned"
+    advantages, totals = output if _is_pair(output) else (output, {})
     _check_shape(source, advantages, data["rewards"].shape[:2], "return one number per completion")
+    _check_totals(source, totals)
     if advantages.requires_grad:
         raise PluginError(f"{source} a tensor with a gradient", "detach it: a loss treats advantages as constants")
     wrong = (~advantages.isfinite()).nonzero().tolist()
@@ -39,7 +44,19 @@ def advantages_of(advantage: Bound, data: Mapping[str, Tensor]) -> Tensor:
             f"{source} {value} for completion {completion} of prompt {prompt}",
             "return finite numbers, and 0 where no reward scored the row",
         )
-    return advantages
+    return advantages, dict(totals)
+
+
+def _is_pair(output: object) -> bool:
+    return isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Mapping)
+
+
+def _check_totals(source: str, totals: Mapping[object, object]) -> None:
+    """Two finite numbers for each name: what is not finite would spoil the average of every rank."""
+    for name, pair in totals.items():
+        numbers = pair if isinstance(pair, tuple) and len(pair) == 2 else (None,)
+        if not all(isinstance(number, float | int) and math.isfinite(number) for number in numbers):
+            raise PluginError(f"{source} as metric `{name}` {pair!r}", "a metric is `(sum, count)`, two numbers")
 
 
 def loss_of(loss: Loss, inputs: LossInputs) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -48,9 +65,9 @@ def loss_of(loss: Loss, inputs: LossInputs) -> tuple[Tensor, Mapping[str, Tensor
     Raises:
         PluginError: it returned anything else.
     """
-    output: object = loss(inputs)
+    output: Any = loss(inputs)
     source = f"loss `{_name(loss)}` returned"
-    if not (isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Mapping)):
+    if not _is_pair(output):
         raise PluginError(f"{source} {_describe(output)}", PAIR)
     per_token_loss, metrics = output
     shape = inputs.completion_mask.shape

@@ -5,6 +5,8 @@ A class states a fact as a class attribute, a function through `declares`. Known
     ``coupling``         loss: what a token's loss may depend on (`grpoforge.types.Coupling`); ``sequence`` by default
     ``level``            loss, correction: ``token`` or ``sequence``, what one ratio or weight belongs to
     ``min_group``        advantage: fewest completions per prompt it can work with; 2 by default
+    ``block``            sampler, advantage: rows of a group that belong together, as the 2 of a pair; 1 by default
+    ``target_temperature``  correction: temperature of the ``target_logprobs`` it reads; 1 by default
     ``scales_by_std``    advantage: divides by the spread of the group, so that two completions keep no size of gap
     ``invariances``      advantage: those of ``shift``, ``scale``, ``group_sum`` that hold; see `grpoforge.testing`
     ``on_policy_gradient``  loss: whether its gradient at ratio 1 is ``-A`` times that of the log-prob; true by default

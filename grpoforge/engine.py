@@ -9,6 +9,7 @@ objective   sum(weights * (loss(pi, pi_old, A) + beta * KL(pi, pi_ref)))        
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from grpoforge.binding import Bound
 from grpoforge.coefficients import Coefficient, Steered
 from grpoforge.collate import collate, split
 from grpoforge.contracts import advantages_of
+from grpoforge.declarations import declared
 from grpoforge.distributed import Workers
 from grpoforge.drawing import Drawing, MorePrompts, no_more, with_penalty
 from grpoforge.errors import RunFailed
@@ -32,6 +34,7 @@ from grpoforge.metrics import (
     rollout_extremes,
     rollout_totals,
     sampling_difference,
+    temperature_totals,
 )
 from grpoforge.objective import Frozen, Objective, Update, sampled_kl
 from grpoforge.policy import Policy, Reference, micro_batched
@@ -122,14 +125,16 @@ class Engine:
         pad = self.policy.tokenizer.pad_token_id
         batch = collate(rollouts, pad_token_id=pad, mask_truncated=part.mask_truncated).to(self.policy.device)
         old, reference = self.freeze(batch, meter)
+        target = self.at_target(batch)
         watch.lap("logprobs")
         scores = self.penalize(scores, batch, old.logprobs, reference, meter)
-        advantages = self.advantages(rollouts, scores)
+        advantages = self.advantages(rollouts, scores, meter)
         frozen = Frozen(
             old=old.logprobs,
             reference=reference,
             advantages=advantages.reshape(-1).to(batch.temperatures),
             weights=self.high_entropy(old.entropy, batch.completion_mask),
+            target=target,
         )
         watch.lap("reward")
         for rows in self.minibatches(batch.num_rows, seed):
@@ -145,7 +150,7 @@ class Engine:
             rollouts=rollouts,
             scores=scores,
             advantages=advantages,
-            shares=ledger(scores, advantages),
+            shares=ledger(scores, advantages, block=declared(part.advantage.function, "block")),
         )
 
     @torch.no_grad()
@@ -158,6 +163,14 @@ class Engine:
         meter.add("sampling/sampling_logp_difference/mean", total, count)
         meter.add("sampling/sampling_logp_difference/max", largest)
         return old, reference.logprobs
+
+    def at_target(self, batch: Batch) -> Tensor | None:
+        """The policy's log-probs with all rows at the temperature that a correction asks for; None where none does."""
+        temperature = self.algorithm.objective.target_temperature
+        if temperature is None:
+            return None
+        same = dataclasses.replace(batch, temperatures=torch.full_like(batch.temperatures, temperature))
+        return self.policy.frozen_logprobs(same, self.algorithm.micro_batch_size).logprobs
 
     def penalize(self, scores: Scores, batch: Batch, old: Tensor, reference: Tensor, meter: Meter) -> Scores:
         """``scores`` with the KL to the reference as one more reward, where the KL belongs in the reward.
@@ -174,8 +187,8 @@ class Engine:
         penalty = estimate.double().sum(dim=1).reshape(scores.rewards.shape[:2]).cpu()
         return with_penalty(scores, "kl", penalty, self.algorithm.beta.value)
 
-    def advantages(self, rollouts: Rollouts, scores: Scores) -> Tensor:
-        """Advantages of this rank's rows, ``[P, G]``, computed on the rewards of all ranks."""
+    def advantages(self, rollouts: Rollouts, scores: Scores, meter: Meter) -> Tensor:
+        """Advantages of this rank's rows, ``[P, G]``, computed on the rewards of all ranks; so are their metrics."""
         shape = scores.rewards.shape[:2]
         completions = rollouts.flat()
         lengths = torch.tensor([len(c.token_ids) for c in completions], dtype=torch.float64).reshape(shape)
@@ -186,7 +199,11 @@ class Engine:
             "temperatures": self.workers.gather(temperatures),
             "weights": scores.weights,
         }
-        everyone = advantages_of(self.algorithm.advantage, data)
+        everyone, totals = advantages_of(self.algorithm.advantage, data)
+        # Every rank has the totals of all rows, and the same names: sums over ranks leave their averages as they are.
+        totals = totals | temperature_totals(data["rewards"], data["weights"], data["temperatures"])
+        for name, (total, count_of) in totals.items():
+            meter.add(name, total, count_of)
         return everyone[self.workers.share(len(everyone))]
 
     def high_entropy(self, entropy: Tensor, mask: Tensor) -> Tensor:

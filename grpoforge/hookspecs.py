@@ -12,8 +12,8 @@ become a strict model from the signature: the annotation is the type, the defaul
 options as keyword-only parameters (for rules between options: raise ``GrpoforgeError`` there). Registered
 components are shown by ``grpoforge plugins``.
 
-Hooks are called before the first step (``register_*``, ``load_policy``, ``load_reader``) or between steps
-(``*_finished``); nothing in the arithmetic of a step goes through a hook.
+Hooks are called before the first step (``register_*``, ``load_policy``, ``load_reader``, ``policy_size``) or between
+steps (``*_finished``); nothing in the arithmetic of a step goes through a hook.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from grpoforge.config import ModelConfig
-    from grpoforge.policy import Policy, Reader
+    from grpoforge.policy import Policy, PolicySize, Reader
     from grpoforge.types import RunSummary, StepReport
 
 hookspec = pluggy.HookspecMarker("grpoforge")
@@ -75,6 +75,10 @@ def register_samplers(register: Register) -> None:
     ``sample(policy, prompts, group_size, seed)`` and ``greedy(policy, prompts)`` return ``Rollouts``;
     ``sync(policy)`` follows each step.
     All randomness comes from ``seed``: equal arguments, equal rollouts. See ``grpoforge.types.Sampler``.
+    A sampler that draws completions in blocks, as pairs, states the attribute ``block``; a sampler or an
+    advantage that cannot work with every batch has ``check_batch(num_prompts, group_size)``, which raises
+    ``ConfigError``. The option ``max_completion_length``, if there is one, keeps its value when another sampler
+    takes the place of this one.
     """
 
 
@@ -84,7 +88,9 @@ def register_advantages(register: Register) -> None:
 
     Data is bound by name: ``rewards [P, G, K]``, ``weights [K]``, ``lengths [P, G]`` (completion tokens),
     ``temperatures [P, G]``, float64 each, of every process's rows. NaN in ``rewards`` means *not scored*; a
-    row that no reward scored gets advantage 0. Float64 out.
+    row that no reward scored gets advantage 0. Float64 out. May return ``(advantages, metrics)``, metrics a dict
+    of ``(sum, count)`` over the same rows, reported as sum over count. An advantage that compares rows of a group
+    in blocks, as the two of a pair, states the attribute ``block`` (see ``grpoforge.declarations``).
     """
 
 
@@ -113,7 +119,9 @@ def register_corrections(register: Register) -> None:
     """Add off-policy corrections: ``(<data>, *, <options>) -> weights [b, T]`` without gradient.
 
     The weights multiply the policy loss of each token; denominators stay. Data is bound by name: ``logprobs``,
-    ``old_logprobs``, ``sampling_logprobs``, ``advantages``, ``completion_mask``, ``[b, T]`` each.
+    ``old_logprobs``, ``sampling_logprobs``, ``advantages``, ``completion_mask``, ``[b, T]`` each; and
+    ``target_logprobs``, the old policy's with every row at the correction's attribute ``target_temperature`` (1.0
+    when it has none), for which the engine takes one more pass without gradient.
     """
 
 
@@ -151,6 +159,11 @@ def load_reader(model: ModelConfig) -> Reader | None:
     Called by ``grpoforge data show``. A plugin that implements ``load_policy`` for models of its own implements this
     too, or its prompts cannot be shown.
     """
+
+
+@hookspec(firstresult=True)
+def policy_size(model: ModelConfig) -> PolicySize | None:
+    """How large the policy for ``model`` will be, without loading a weight; None for "not mine" or unknown."""
 
 
 @hookspec

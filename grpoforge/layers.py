@@ -16,8 +16,11 @@ from grpoforge.errors import ConfigError, suggest
 
 SEE_DEFAULTS = "see `grpoforge recipes show tiny-math --json` for every key"
 
-KEPT_ON_RENAME: Mapping[tuple[str, ...], tuple[str, ...]] = {("kl",): ("beta", "placement", "target", "horizon")}
-"""Keys beside a component that are not its options: they stay when another component takes its place."""
+KEPT_ON_RENAME: Mapping[tuple[str, ...], tuple[str, ...]] = {
+    ("kl",): ("beta", "placement", "target", "horizon"),
+    ("sampler",): ("max_completion_length",),
+}
+"""Keys that stay when another component takes the place of one: how long a completion may be is the task's to say."""
 
 
 def build(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> Config:

@@ -12,6 +12,7 @@ from typing import Any
 from grpoforge import checkpoint
 from grpoforge.assembly import load_policy, make_evaluation
 from grpoforge.choice import choose
+from grpoforge.combinations import check_samples
 from grpoforge.config import Config
 from grpoforge.distributed import Workers
 from grpoforge.errors import CheckpointError
@@ -84,6 +85,7 @@ def measure(config: Config) -> Measurement:
     host = load_host(config)
     measured, correctness = choose_measured(config, host)
     sampler = choose("sampler", config.sampler, host, config.origins, ("sampler",)).build()
+    check_samples(config, sampler)
     rows = load_eval_rows(config, host, measured)
     examples = load_examples(config, host, measured)
     seed_everything(config.seed)

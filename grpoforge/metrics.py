@@ -11,10 +11,13 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from grpoforge.types import Batch, Rollouts, Scores
+from grpoforge.types import Batch, Rollouts, Scores, weighted_total
 
 Totals = dict[str, tuple[float, float]]
 """Metric name to (sum, count)."""
+
+MAX_TEMPERATURES = 8
+"""Temperatures of one step that are reported one by one."""
 
 
 class Meter:
@@ -107,6 +110,26 @@ def reward_totals(scores: Scores) -> Totals:
         totals[f"rewards/{name}/unscored"] = _mean(column.isnan().double().tolist())
         totals[f"rewards/{name}/seconds"] = (scores.seconds[index], 1.0)
     return totals
+
+
+def temperature_totals(rewards: Tensor, weights: Tensor, temperatures: Tensor) -> Totals:
+    """Mean total reward of the rows at each temperature, where there is more than one.
+
+    Args:
+        rewards: ``[P, G, K]`` of all ranks, so that every rank reports the same names.
+        weights: ``[K]``.
+        temperatures: ``[P, G]``. A sampler with a temperature for every row would make a metric of each: more than
+            `MAX_TEMPERATURES` are not reported.
+    """
+    found = sorted(set(temperatures.flatten().tolist()))
+    if not 1 < len(found) <= MAX_TEMPERATURES:
+        return {}
+    total = weighted_total(rewards, weights)
+    meter = Meter()
+    for temperature in found:
+        here = total[(temperatures == temperature) & ~total.isnan()]
+        meter.add(f"reward_T/{temperature:g}/mean", float(here.sum()), float(len(here)))
+    return meter.totals
 
 
 def sampling_difference(batch: Batch, old_logprobs: Tensor) -> tuple[float, float, float]:

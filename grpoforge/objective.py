@@ -32,6 +32,8 @@ class Frozen:
     """``[B]`` float64; 0 for unscored rows."""
     weights: Tensor
     """``[B, T]``: factor on each token's policy loss, 1 or 0 (the high-entropy-token mask)."""
+    target: Tensor | None = None
+    """``[B, T]``: ``old`` at the temperature that a correction compares with; None where no correction does."""
 
     def rows(self, index: Tensor | slice) -> Frozen:
         """The rows at ``index``, in that order."""
@@ -40,6 +42,7 @@ class Frozen:
             reference=self.reference[index],
             advantages=self.advantages[index],
             weights=self.weights[index],
+            target=None if self.target is None else self.target[index],
         )
 
 
@@ -77,6 +80,12 @@ class Objective:
         """True when the KL estimator reads the whole vocabulary."""
         return self.kl is not None and self.kl.needs_distributions
 
+    @property
+    def target_temperature(self) -> float | None:
+        """The temperature of ``target_logprobs``; None when no correction reads them."""
+        asked = [one for one in self.corrections if "target_logprobs" in one.data]
+        return float(declared(asked[0].function, "target_temperature", 1.0)) if asked else None
+
     def __call__(
         self,
         batch: Batch,
@@ -95,7 +104,8 @@ class Objective:
         mask, meter = batch.completion_mask, update.meter
         inputs = loss_inputs(batch, frozen, current, update.seed)
         policy_loss, metrics = loss_of(self.loss, inputs)
-        objective = _masked(policy_loss, mask) * frozen.weights.to(policy_loss.dtype) * self.correct(inputs, meter)
+        correction = self.correct(inputs, frozen.target, meter)
+        objective = _masked(policy_loss, mask) * frozen.weights.to(policy_loss.dtype) * correction
         meter.add_tokens(mask, {**metrics, "entropy": current.entropy})
         if update.is_unmoved:
             # Anything but 0 is a fault in temperatures, masks or padding.
@@ -110,7 +120,7 @@ class Objective:
                 meter.largest("invariant/kl_step0", float(kl.detach().abs().max()))
         return reduce(objective, weights)
 
-    def correct(self, inputs: LossInputs, meter: Meter) -> Tensor:
+    def correct(self, inputs: LossInputs, target: Tensor | None, meter: Meter) -> Tensor:
         """Product of the corrections' weights, ``[b, T]`` without gradient; 1 without corrections."""
         product = torch.ones_like(inputs.old_logprobs)
         if not self.corrections:
@@ -122,6 +132,8 @@ class Objective:
             "advantages": inputs.advantages,
             "completion_mask": inputs.completion_mask,
         }
+        if target is not None:
+            data["target_logprobs"] = _masked(target, inputs.completion_mask)
         for correction in self.corrections:
             product = product * correction_of(correction, data)
         meter.add_tokens(

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpoforge.choice import NOWHERE, Chosen, ChosenReward, choose, from_option, from_origin, with_options
+from grpoforge.choice import NOWHERE, Chosen, ChosenReward, choose, with_options
 from grpoforge.combinations import check_together
 from grpoforge.config import Config, Origins, Part, RewardPart
 from grpoforge.data import Example
 from grpoforge.errors import ConfigError, suggest
+from grpoforge.origins import from_option, from_origin
 from grpoforge.plugins import PluginHost
 from grpoforge.problems import load_eval_rows, load_problems, load_rows
 from grpoforge.registry import Component, Kind
@@ -74,13 +75,9 @@ def resolve(config: Config, host: PluginHost) -> Parts:
     origins = config.origins
     parts = {kind: choose(kind, part, host, origins, (kind,)) for kind, part in _single_parts(config).items()}
     corrections = [choose("correction", one, host, origins, ("corrections", one.name)) for one in config.corrections]
-    check_together(
-        config,
-        _built(parts["advantage"], origins, "advantage"),
-        _built(parts["loss"], origins, "loss"),
-        _built(parts["kl"], origins, "kl"),
-        tuple((one.component.name, _built(one, origins, "corrections", one.component.name)) for one in corrections),
-    )
+    built: dict[str, Any] = {kind: _built(chosen, origins, kind) for kind, chosen in parts.items()}
+    named = tuple((one.component.name, _built(one, origins, "corrections", one.component.name)) for one in corrections)
+    check_together(config, corrections=named, **built)
     trackers = tuple(
         (part.name, choose("tracker", part, host, origins, ("trackers", part.name))) for part in config.trackers
     )

@@ -40,6 +40,29 @@ class Reader:
     """What a person should know: ``no chat template: plain prompt template``."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicySize:
+    """What a policy will hold, known from its configuration alone; bytes per token are those of all layers together."""
+
+    num_parameters: int
+    num_trainable: int
+    weight_bytes: int
+    trainable_bytes: int
+    """Of the trainable parameters as they are held; gradients have as many."""
+    autocast_bytes: int
+    """Copies of the weights that the forward pass makes in a narrower dtype."""
+    has_adapter: bool
+    num_layers: int
+    vocab_size: int
+    context_length: int | None
+    hidden_bytes_per_token: int
+    """Of the hidden state between two layers, one of them."""
+    saved_bytes_per_token: int
+    """Kept for the backward pass without gradient checkpointing."""
+    cache_bytes_per_token: int
+    """Keys and values."""
+
+
 class Policy:
     """A model and its tokenizer. ``version`` counts the optimizer steps its weights have taken."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpoforge.choice import ChosenReward, from_origin, with_options
+from grpoforge.choice import ChosenReward, with_options
 from grpoforge.config import Config, DataConfig
 from grpoforge.data import (
     Example,
@@ -24,6 +24,7 @@ from grpoforge.data import (
 )
 from grpoforge.declarations import declared
 from grpoforge.errors import ConfigError, DataError, GrpoforgeError, first_line, suggest
+from grpoforge.origins import from_origin
 from grpoforge.plugins import PluginHost
 from grpoforge.registry import Component
 from grpoforge.scoring import BUILTIN_DATA

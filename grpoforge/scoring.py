@@ -204,15 +204,17 @@ def apply_gates(raw: Tensor, rewards: Sequence[BoundReward]) -> Tensor:
     return gated
 
 
-def ledger(scores: Scores, advantages: Tensor) -> Tensor:
+def ledger(scores: Scores, advantages: Tensor, block: int | None = None) -> Tensor:
     """Each reward's share of the applied advantage, ``[P, G, K]`` float64.
 
-    ``c_k = w_k (R_k - mean(R_k))`` over the scored rows of the group, a missing reward counting as 0; the share is
+    ``c_k = w_k (R_k - mean(R_k))`` over the scored rows of the group, or of each ``block`` of its rows for an advantage
+    that compares those (see `grpoforge.declarations`), a missing reward counting as 0; the share is
     ``A c_k / sum_k c_k``. For normalizers that are linear in the weighted sum up to a scale per group (mean, mean/std,
     leave-one-out) the shares sum to the advantage; where ``sum_k c_k`` is 0 within `rounding` there is nothing to
     share and an advantage that is not 0 stays unattributed.
     """
-    rewards, weights = scores.rewards, scores.weights
+    shape, weights = scores.rewards.shape, scores.weights
+    rewards = scores.rewards.reshape(-1, block or shape[1], shape[2])
     scored = ~weighted_total(rewards, weights).isnan()
     values = rewards.nan_to_num(nan=0.0) * weights
     count = scored.sum(dim=1, keepdim=True).clamp(min=1)[:, :, None]
@@ -221,4 +223,4 @@ def ledger(scores: Scores, advantages: Tensor) -> Tensor:
     whole = centered.sum(dim=2, keepdim=True)
     known = whole.abs() > rounding(rewards, weights)[:, :, None]
     share = torch.where(known, centered / torch.where(known, whole, torch.ones_like(whole)), torch.zeros_like(centered))
-    return share * advantages.double()[:, :, None]
+    return share.reshape(shape) * advantages.double()[:, :, None]

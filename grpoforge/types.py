@@ -313,10 +313,11 @@ class Reward(Protocol):
 class Advantage(Protocol):
     """``(<data by name>, *, <options>) -> advantages [P, G]``; float64 in and out, unscored rows 0.
 
-    Data: ``rewards [P, G, K]`` and ``weights [K]``, ``lengths [P, G]`` in tokens, ``temperatures [P, G]``.
+    Data: ``rewards [P, G, K]`` and ``weights [K]``, ``lengths [P, G]`` in tokens, ``temperatures [P, G]``. Or returned
+    with metrics, ``(advantages, {name: (sum, count)})``: what is reported is the sum over the count, of all rows.
     """
 
-    def __call__(self, *data: Tensor, **options: Any) -> Tensor: ...
+    def __call__(self, *data: Tensor, **options: Any) -> Tensor | tuple[Tensor, Mapping[str, tuple[float, float]]]: ...
 
 
 class KLEstimator(Protocol):
@@ -334,7 +335,7 @@ class Correction(Protocol):
     """``(<data by name>, *, <options>) -> weights [b, T]`` that multiply the policy loss of each token.
 
     Data, ``[b, T]`` each and without gradient: ``logprobs``, ``old_logprobs``, ``sampling_logprobs``, ``advantages``,
-    ``completion_mask``.
+    ``completion_mask``; and ``target_logprobs``, ``old_logprobs`` with every row at its own ``target_temperature``.
     """
 
     def __call__(self, *data: Tensor, **options: Any) -> Tensor: ...

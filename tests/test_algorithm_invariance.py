@@ -85,7 +85,7 @@ def gradient(
 
     def compute(parts: dict[str, Any], *, groups: Sequence[int], rows: Sequence[int], micro: int, **pad: Any) -> Tensor:
         batch, lengths, logprobs = prepare(tuple(groups), tuple(rows), **pad)
-        advantages = advantages_of(
+        advantages, _ = advantages_of(
             bind("advantage", parts["advantage"]),
             {
                 "rewards": REWARDS[list(groups)][:, list(rows)],

@@ -31,12 +31,30 @@ def sequence_loss(inputs: Any) -> Any: ...
 def token_correction(sampling_logprobs: Any) -> Any: ...
 
 
+def to_target(target_logprobs: Any) -> Any: ...
+
+
+def also_to_target(target_logprobs: Any, old_logprobs: Any) -> Any: ...
+
+
+@declares(target_temperature=0.5)
+def to_half(target_logprobs: Any) -> Any: ...
+
+
+class Picky:
+    """A sampler that works with one size of batch."""
+
+    def check_batch(self, num_prompts: int, group_size: int) -> None:
+        if num_prompts * group_size != 12:
+            raise ConfigError(f"sampler option `rows` is 12, not {num_prompts} x {group_size}", "make it so")
+
+
 def config(**values: Any) -> Config:
     return build([("base", {"kl": {"name": "k3"}}), ("mine.yaml", values)])
 
 
 def check(values: dict[str, Any], **parts: Any) -> None:
-    chosen = {"advantage": advantage, "loss": loss, "kl": kl, "corrections": ()} | parts
+    chosen = {"advantage": advantage, "loss": loss, "kl": kl, "corrections": (), "sampler": None} | parts
     check_together(config(**values), **chosen)
 
 
@@ -60,6 +78,30 @@ def test_what_fits_together_passes() -> None:
             {"advantage": declares(min_group=4)(lambda rewards: rewards)},
             "`batch.completions_per_prompt` is 2 (from mine.yaml): advantage `pass_at_k` needs at least 4",
             "use at least 4 (8 is common)",
+        ),
+        (
+            {"batch": {"completions_per_prompt": 5}, "advantage": {"name": "paired"}},
+            {"advantage": declares(block=2)(lambda rewards: rewards)},
+            "`batch.completions_per_prompt` is 5 (from mine.yaml), and advantage `paired` takes them 2 at a time",
+            "use 4 or 6",
+        ),
+        (
+            {"batch": {"completions_per_prompt": 2}, "sampler": {"name": "trios"}},
+            {"sampler": declares(block=3)(lambda: None)},
+            "`batch.completions_per_prompt` is 2 (from mine.yaml), and sampler `trios` takes them 3 at a time",
+            "use 3",
+        ),
+        (
+            {"eval": {"samples": 3}, "sampler": {"name": "paired"}},
+            {"sampler": declares(block=2)(lambda: None)},
+            "`eval.samples` is 3 (from mine.yaml), and sampler `paired` draws 2 completions at a time",
+            "use 2 or 4",
+        ),
+        (
+            {"corrections": [{"name": "one"}, {"name": "other", "target_temperature": 0.5}]},
+            {"corrections": (("one", to_target), ("other", to_half))},
+            "the corrections look at different temperatures (from mine.yaml): `one` at 1 and `other` at 0.5",
+            "give all of them one `target_temperature`",
         ),
         (
             {"kl": {"target": 0.1, "beta": 0.0}},
@@ -122,12 +164,25 @@ def test_data_that_does_not_exist_is_refused(part: str, component: Any) -> None:
         check({"kl": {"placement": "reward"}}, **{part: component})
 
 
+def test_a_component_may_refuse_a_batch_and_the_option_says_where_it_came_from() -> None:
+    batch = {"prompts_per_step": 3, "completions_per_prompt": 4}
+    check({"batch": batch, "sampler": {"name": "picky", "rows": 12}}, sampler=Picky())
+    with pytest.raises(ConfigError) as refused:
+        check({"batch": batch | {"prompts_per_step": 2}, "sampler": {"name": "picky", "rows": 12}}, sampler=Picky())
+    assert refused.value.message == "sampler option `rows` is 12, not 2 x 4 (from mine.yaml)"
+    assert refused.value.hint == "make it so"
+
+
+def test_corrections_may_share_a_target() -> None:
+    check({}, corrections=(("one", to_target), ("other", also_to_target), ("tis", token_correction)))
+
+
 def test_two_completions_and_a_spread_keep_only_a_sign(caplog: pytest.LogCaptureFixture) -> None:
     scaled: Callable[..., Any] = declares(scales_by_std=True)(lambda rewards: rewards)
     check({"batch": {"completions_per_prompt": 2, "minibatch_size": 2}}, advantage=scaled)
     assert caplog.messages == [
         "with 2 completions per prompt advantage `group` keeps only the sign of their gap in reward, not its size; "
-        "`group_mean`, `batch_std` and `leave_one_out` keep it"
+        "`paired`, `group_mean`, `batch_std` and `leave_one_out` keep it"
     ]
     caplog.clear()
     check({"batch": {"completions_per_prompt": 4}}, advantage=scaled)

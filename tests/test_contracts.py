@@ -41,7 +41,8 @@ def refusal(call: Any, *data: Any) -> tuple[str, str]:
 
 
 def test_what_keeps_the_contract_passes_unchanged() -> None:
-    assert advantages_of(bind("advantage", group), REWARDS).equal(group(**REWARDS))
+    advantages, totals = advantages_of(bind("advantage", group), REWARDS)
+    assert advantages.equal(group(**REWARDS)) and totals == {}
     for kl in (k1, k2, k3):
         assert kl_of(bind("kl", kl), LOGPROBS, (2, 3)).equal(kl(ROWS - 1, ROWS))
     per_token_loss, metrics = loss_of(Clip(), INPUTS)
@@ -96,6 +97,16 @@ def test_a_kl_estimate_of_another_shape() -> None:
     ("output", "message", "hint"),
     [
         (torch.zeros(4), "a tensor of shape [4], not a tensor of shape [2, 2]", "return one number per completion"),
+        (
+            (torch.zeros(2, 2), torch.zeros(2, 2)),
+            "a tuple, not a tensor of shape [2, 2]",
+            "return one number per completion",
+        ),
+        (
+            (torch.zeros(4), {}),
+            "a tensor of shape [4], not a tensor of shape [2, 2]",
+            "return one number per completion",
+        ),
         ([[0.0] * 2] * 2, "a list, not a tensor of shape [2, 2]", "return one number per completion"),
         (
             torch.tensor([[0.0, 1.0], [NAN, 1.0]]),
@@ -116,6 +127,28 @@ def test_advantages_that_cannot_be_applied(output: Any, message: str, hint: str)
     assert refusal(advantages_of, bind("advantage", whiten), REWARDS) == (
         f"advantage `whiten` returned {message}",
         hint,
+    )
+
+
+def test_an_advantage_may_report_metrics() -> None:
+    def counted(rewards: Tensor) -> Any:
+        return rewards[:, :, 0].nan_to_num(), {"pairs": (3.0, 4), "none": (0.0, 0.0)}
+
+    advantages, totals = advantages_of(bind("advantage", counted), REWARDS)
+    assert advantages.tolist() == [[1.0, 0.0], [0.0, 0.0]]
+    assert totals == {"pairs": (3.0, 4), "none": (0.0, 0.0)}
+
+
+@pytest.mark.parametrize(
+    "pair", [1.0, (1.0,), (1.0, 2.0, 3.0), (torch.ones(2), 1.0), (NAN, 1.0), [1.0, 2.0], (1.0, "2")]
+)
+def test_metrics_of_an_advantage_that_cannot_be_averaged(pair: Any) -> None:
+    def counted(rewards: Tensor) -> Any:
+        return rewards[:, :, 0].nan_to_num(), {"pairs": pair}
+
+    assert refusal(advantages_of, bind("advantage", counted), REWARDS) == (
+        f"advantage `counted` returned as metric `pairs` {pair!r}",
+        "a metric is `(sum, count)`, two numbers",
     )
 
 

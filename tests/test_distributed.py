@@ -29,7 +29,9 @@ from grpoforge.reduction import REDUCTIONS, Counts
 from grpoforge.scoring import BoundReward
 from grpoforge_plugins.advantages.batch import batch_std, gdpo, reinforce_pp, reinforce_pp_baseline
 from grpoforge_plugins.advantages.group import gpg
+from grpoforge_plugins.advantages.paired import Paired
 from grpoforge_plugins.corrections.mask import opsm
+from grpoforge_plugins.corrections.target import TargetTIS
 from grpoforge_plugins.corrections.truncate import tis
 from grpoforge_plugins.kl.full import full
 from grpoforge_plugins.kl.schulman import k1
@@ -66,6 +68,12 @@ STEPS: dict[str, dict[str, Any]] = {
         "entropy": AdaptiveEntropy(0.02, target=9.0, delta=0.005, maximum=1.0),
         "epochs": 2,
     },
+    "pairs, baselines by temperature, a common target": {
+        "advantage": Paired(preference_threshold=0.05, baseline_decay=0.9),
+        "corrections": (TargetTIS(),),
+        # No process has rows at all three temperatures.
+        "temperatures": [[0.7, 1.3], [0.7, 1.3], [0.7, 1.1], [0.7, 1.1]],
+    },
 }
 """Whole steps, each with something that is computed over the rows of all processes."""
 
@@ -92,9 +100,11 @@ def take_steps(build: dict[str, Any], workers: Workers) -> tuple[dict[str, torch
     share = workers.share(len(PROMPTS))
     start = torch.cat([parameter.detach().flatten() for parameter in build["tiny_model"](0).parameters()])
     for case, completions in CASES.items():
-        rollouts = build["make_rollouts"](PROMPTS[share], completions[share])
-        for step, choices in STEPS.items():
+        for step, given in STEPS.items():
             policy, name = build["tiny_policy"](0), f"{case}/{step}"
+            choices = copy.deepcopy(given)
+            heat = choices.pop("temperatures", [[1.0, 1.0]] * len(PROMPTS))
+            rollouts = build["make_rollouts"](PROMPTS[share], completions[share], heat[share])
             engine = build["make_engine"](
                 policy,
                 reference=build["tiny_policy"](2),
@@ -102,7 +112,7 @@ def take_steps(build: dict[str, Any], workers: Workers) -> tuple[dict[str, torch
                 sampler=build["GivenRollouts"](rollouts),
                 rewards=REWARDS,
                 micro_batch_size=3,
-                **copy.deepcopy(choices),
+                **choices,
             )
             report = engine.step(rollouts.prompts, step=1, seed=7)
             tensors[name] = torch.cat([parameter.detach().flatten() for parameter in policy.trainable()])
@@ -113,6 +123,7 @@ def take_steps(build: dict[str, Any], workers: Workers) -> tuple[dict[str, torch
                 **report.metrics,
                 "beta": engine.algorithm.beta.value,
                 "bonus": engine.algorithm.entropy.value,
+                "state": getattr(engine.algorithm.advantage.function, "baselines", {}),
             }
     return tensors, metrics
 
@@ -238,12 +249,22 @@ def test_a_whole_step_is_that_of_one_process(case: str, step: str, one: Any, two
             "kl",
             "sampling/ess",
         }
+        compared |= {"reward_T/0.7/mean", "reward_T/1.1/mean", "reward_T/1.3/mean"}
+        compared |= {"paired/gap_mean", "paired/tie_ratio", "paired/win_rate_cold"}
         compared |= {"coefficient/beta", "coefficient/entropy_coef", "correction/mean", "frac_reward_zero_std"}
         shared = compared & set(alone)
         assert set(reported) == set(alone) and len(shared) >= 7
         assert {key: reported[key] for key in shared} == pytest.approx(
             {key: alone[key] for key in shared}, rel=1e-11, abs=1e-14, nan_ok=True
         )
+
+
+def test_baselines_by_temperature_are_those_of_all_rows_bit_for_bit(one: Any, two: Any) -> None:
+    name = "step/whole/pairs, baselines by temperature, a common target"
+    assert sorted(one[1][name]["state"].values()) != [0.0] * 3 and len(one[1][name]["state"]) == 3
+    for _, metrics in two:
+        # JSON has strings for keys, and floats to the last bit.
+        assert metrics[name]["state"] == {str(key): value for key, value in one[1][name]["state"].items()}
 
 
 def test_rows_of_all_processes_are_gathered_in_order(one: Any, two: Any) -> None:

@@ -60,7 +60,8 @@ def test_options_of_a_kept_component_stay() -> None:
 
 
 def test_another_component_starts_afresh() -> None:
-    assert with_sets("sampler.name=paired").sampler.options == {}
+    # All but the length of a completion, which belongs to the task.
+    assert with_sets("sampler.name=paired").sampler.options == {"max_completion_length": 64}
     assert with_sets("loss={name: cispo, epsilon_high: 3}").loss.options == {"epsilon_high": 3}
 
 

@@ -17,6 +17,7 @@ from grpoforge.metrics import (
     rollout_extremes,
     rollout_totals,
     sampling_difference,
+    temperature_totals,
 )
 from grpoforge.types import Rollouts, Scores
 
@@ -112,3 +113,21 @@ def test_how_far_sampler_and_policy_are_apart(rollouts: Rollouts) -> None:
     old[batch.completion_mask] = -1.0
     old[1, 2] = -1.5
     assert sampling_difference(batch, old) == (0.5, 11.0, 0.5)
+
+
+def test_the_reward_at_each_temperature() -> None:
+    rewards = torch.tensor([[[1.0, 0.0], [0.5, 2.0]], [[NAN, NAN], [0.0, NAN]]], dtype=torch.float64)
+    weights = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    temperatures = torch.tensor([[0.7, 1.3], [0.7, 1.3]], dtype=torch.float64)
+    # Totals 1, 1.5; unscored, 0.
+    expected = {"reward_T/0.7/mean": (1.0, 1.0), "reward_T/1.3/mean": (1.5, 2.0)}
+    assert temperature_totals(rewards, weights, temperatures) == expected
+    assert temperature_totals(rewards, weights, torch.ones(2, 2)) == {}, "one temperature is `reward`"
+
+
+def test_a_temperature_for_every_row_is_no_metric_each() -> None:
+    def of(count: int) -> int:
+        temperatures = torch.linspace(0.5, 1.5, count, dtype=torch.float64)[None]
+        return len(temperature_totals(torch.ones(1, count, 1), torch.ones(1), temperatures))
+
+    assert [of(8), of(9)] == [8, 0]

@@ -20,7 +20,9 @@ from grpoforge.yaml_source import dump_yaml, parse_yaml, read_recipe, recipe_lay
 ROOT = Path(__file__).parents[1]
 RECIPES = recipe_names()
 TASKS = ["gsm8k-qwen2.5-0.5b", "tiny-math"]
-ALGORITHMS = [name for name in RECIPES if name not in TASKS]
+SAMPLERS = ["paired"]
+"""Recipes that choose a sampler too; each has a benchmark of its own."""
+ALGORITHMS = [name for name in RECIPES if name not in TASKS + SAMPLERS]
 OF_AN_ALGORITHM = {
     "recipe",
     "rewards",
@@ -40,10 +42,10 @@ def check(config: Config) -> None:
     host = load_plugins()
     choose_rewards(config.rewards, host)
     choose_measured(config, host)
-    choose("sampler", config.sampler, host)
     advantage, loss, kl = (choose(kind, getattr(config, kind), host).build() for kind in ("advantage", "loss", "kl"))
     corrections = tuple((part.name, choose("correction", part, host).build()) for part in config.corrections)
-    check_together(config, advantage, loss, kl, corrections)
+    sampler = choose("sampler", config.sampler, host).build()
+    check_together(config, sampler=sampler, advantage=advantage, loss=loss, kl=kl, corrections=corrections)
     for tracker in config.trackers:
         choose("tracker", tracker, host)
 
@@ -96,6 +98,16 @@ def test_an_algorithm_is_parts_only_and_goes_over_any_task(name: str) -> None:
     check(config)
 
 
+def test_paired_draws_as_many_pairs_as_a_batch_has_and_leaves_the_length_to_the_task() -> None:
+    for task, length in (("tiny-math", 64), ("gsm8k-qwen2.5-0.5b", 320)):
+        config = build(base_layers([task, "paired"]))
+        check(config)
+        assert config.sampler.options["max_completion_length"] == length
+        assert config.sampler.options["temperatures"] == [0.7, 1.3]
+        assert config.batch.prompts_per_step * config.batch.completions_per_prompt == 2 * 64
+    assert set(read_recipe("paired")) <= {*OF_AN_ALGORITHM, "sampler"}
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_an_algorithm_states_every_option_of_its_loss(name: str) -> None:
     loss = build(recipe_layers(name)).loss
@@ -124,6 +136,23 @@ def test_the_figures_in_the_guide_are_those_that_were_measured() -> None:
     for name, run in runs.items():
         assert f"| `{name}` | {run['accuracy_before']:.1f}% | {run['accuracy_after']:.1f}% |" in page
         assert run["accuracy_after"] > run["accuracy_before"]
+
+
+def test_the_figures_of_paired_sampling_in_the_guide_are_those_that_were_measured() -> None:
+    """And within five points of plain GRPO, seed by seed, after as many completions."""
+    page = (ROOT / "docs/guides/paired.md").read_text(encoding="utf-8")
+    measured = json.loads((ROOT / "benchmarks/results/paired-2026-11-28.json").read_text())
+    assert measured["completions"] == 4608 and "4,608" in page
+    accuracy = {
+        kind: [measured["runs"][f"{kind}-{seed}"]["accuracy"] for seed in range(3)] for kind in ("grpo", "paired")
+    }
+    for kind, found in accuracy.items():
+        assert f"| {kind} | {' | '.join(f'{one:.1f}%' for one in found)} | {sum(found) / 3:.1f}% |" in page
+    assert all(ours >= theirs - 5 for ours, theirs in zip(accuracy["paired"], accuracy["grpo"], strict=True))
+    every_gap = json.loads((ROOT / "benchmarks/results/paired-every-gap-2026-11-28.json").read_text())["runs"][
+        "paired-0"
+    ]
+    assert f"accuracy is {every_gap['accuracy']:.1f}% and mean length {every_gap['length']:.1f}" in page
 
 
 def test_the_parity_table_in_the_guide_is_the_one_that_was_measured() -> None:

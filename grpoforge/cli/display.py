@@ -9,6 +9,8 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
     from rich.table import Table
 
@@ -24,12 +26,17 @@ def _console() -> Console:
     return Console(file=sys.stdout, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
-def print_plan(config: Config, parts: Parts) -> None:
-    """The resolved configuration as YAML, then the plan of a step as comments, so that the whole is a YAML file."""
+def print_plan(config: Config, parts: Parts, memory: Sequence[str]) -> None:
+    """The resolved configuration as YAML, then the plan of a step as comments, so that the whole is a YAML file.
+
+    Args:
+        memory: lines about the memory of the device, the total first.
+    """
     from grpoforge.sanitize import one_line
     from grpoforge.yaml_source import dump_yaml
 
-    comments = [f"# {one_line(line, max_chars=1000)}\n" for line in plan_lines(config, parts)]
+    lines = [*plan_lines(config, parts), f"memory        {memory[0]}", *(f"  {line}" for line in memory[1:])]
+    comments = [f"# {one_line(line, max_chars=1000)}\n" for line in lines]
     sys.stdout.write(dump_yaml(config.model_dump(mode="json")) + "\n" + "".join(comments))
 
 

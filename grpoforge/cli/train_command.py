@@ -124,13 +124,15 @@ def _config(layers: list[Layer]) -> Config:
 def _dry_run(config: Config) -> None:
     from grpoforge.cli.display import print_plan
     from grpoforge.launch import load_host
+    from grpoforge.memory import describe
     from grpoforge.parts import resolve
 
     with stdout_is_data():
-        parts = resolve(config, load_host(config))
+        host = load_host(config)
+        parts = resolve(config, host)
         _check_model(config)
-        parts.sampler.build()
-    print_plan(config, parts)
+        memory = describe(config, host.hook.policy_size(model=config.model), parts.sampler.build())
+    print_plan(config, parts, memory)
 
 
 def _check_model(config: Config) -> None:

@@ -79,10 +79,12 @@ def measure_advantage(component: Component, options: Mapping[str, Any], *, sampl
     """
     batch = prompts()
     with foreign():
-        min_group = declared(component.build(options), "min_group", 2)
+        built = component.build(options)
+    block = block_of(component)
+    min_group = max(declared(built, "min_group", 2), block)
     groups: dict[int, Estimate | None] = {}
     for size in (*EXACT_GROUPS, *SAMPLED_GROUPS):
-        if size < min_group:
+        if size < min_group or size % block:
             groups[size] = None
         elif size in EXACT_GROUPS:
             groups[size] = exactly(component, options, batch, size)
@@ -93,8 +95,8 @@ def measure_advantage(component: Component, options: Mapping[str, Any], *, sampl
 
 
 def exactly(component: Component, options: Mapping[str, Any], batch: Sequence[Prompt], size: int) -> Estimate:
-    """The gradient over all batches of groups of ``size``, each group as a multiset of completions."""
-    drawn, weights = every_batch([one.policy.probabilities for one in batch], size)
+    """The gradient over all batches of groups of ``size``, each group as a multiset of blocks of completions."""
+    drawn, weights = every_batch([one.policy.probabilities for one in batch], size, block_of(component))
     advantages = _ask(component, options, batch, drawn)
     _check_order(component, options, batch, drawn, advantages)
     return compare(weights, _gradients(batch, drawn, advantages), _true(batch), num_rows=len(batch) * size)
@@ -123,26 +125,46 @@ def weight_by_difficulty(component: Component, options: Mapping[str, Any]) -> tu
     space = completions(2, 1)
     coin = Prompt(policy=SoftmaxPolicy(space=space, logits=torch.zeros(1, 2).double()), rewards=_double((0.0, 1.0)))
     batch = (coin,) * (1 + len(NEIGHBORS))
-    drawn, _ = every_batch([_coin(0.5)] * len(batch), CURVE_GROUP)
+    block = block_of(component)
+    drawn, _ = every_batch([_coin(0.5)] * len(batch), CURVE_GROUP, block)
     advantages = _ask(component, options, batch, drawn)[:, 0]
     curve = []
     for p in DIFFICULTIES:
-        _, weights = every_batch([_coin(p), *map(_coin, NEIGHBORS)], CURVE_GROUP)
+        _, weights = every_batch([_coin(p), *map(_coin, NEIGHBORS)], CURVE_GROUP, block)
         expected = weights @ (advantages * (drawn[:, 0].double() - p)).mean(dim=1)
         curve.append(float(expected) / (p * (1 - p)))
     return tuple(curve)
 
 
-def every_batch(probabilities: Sequence[Tensor], size: int) -> tuple[Tensor, Tensor]:
-    """Every batch of one multiset of ``size`` completions per prompt, ``[M, P, size]``, and its probability ``[M]``."""
-    num_completions = len(probabilities[0])
-    groups = torch.combinations(torch.arange(num_completions), r=size, with_replacement=True)
-    counts = torch.nn.functional.one_hot(groups, num_completions).sum(dim=1)
-    orders = math.factorial(size) / torch.exp(torch.lgamma(counts.double() + 1).sum(dim=1))
-    chances = [orders.round() * one[groups].prod(dim=1) for one in probabilities]
+def block_of(component: Component) -> int:
+    """Rows of a group that the advantage compares with one another: those of a pair, or single rows."""
+    block: int = declared(component.factory, "block", 1)
+    return block
+
+
+def every_batch(probabilities: Sequence[Tensor], size: int, block: int = 1) -> tuple[Tensor, Tensor]:
+    """Every batch of one group of ``size`` completions per prompt, ``[M, P, size]``, and its probability ``[M]``.
+
+    A group is a multiset of blocks, a block a multiset of ``block`` completions.
+    """
+    blocks = _multisets(len(probabilities[0]), block)
+    groups = _multisets(len(blocks), size // block)
+    chances = [_chances(_chances(one, blocks), groups) for one in probabilities]
     chosen = torch.tensor(list(itertools.product(range(len(groups)), repeat=len(probabilities))))
     weights = torch.stack([one[chosen[:, index]] for index, one in enumerate(chances)]).prod(dim=0)
-    return groups[chosen], weights
+    return blocks[groups].reshape(len(groups), size)[chosen], weights
+
+
+def _multisets(count: int, size: int) -> Tensor:
+    """Every multiset of ``size`` of the numbers below ``count``, one a row."""
+    return torch.combinations(torch.arange(count), r=size, with_replacement=True)
+
+
+def _chances(probabilities: Tensor, multisets: Tensor) -> Tensor:
+    """The probability of each row of ``multisets``, in whatever order it is drawn."""
+    counts = torch.nn.functional.one_hot(multisets, len(probabilities)).sum(dim=1)
+    orders = math.factorial(multisets.shape[1]) / torch.exp(torch.lgamma(counts.double() + 1).sum(dim=1))
+    return orders.round() * probabilities[multisets].prod(dim=1)
 
 
 def _ask(component: Component, options: Mapping[str, Any], batch: Sequence[Prompt], drawn: Tensor) -> Tensor:
@@ -157,7 +179,7 @@ def _ask(component: Component, options: Mapping[str, Any], batch: Sequence[Promp
             data = {"rewards": rewards[number, :, :, None], "weights": one, "lengths": lengths[number]}
             if hasattr(bound.function, "state_dict"):
                 bound = bind("advantage", component.build(options))
-            found.append(advantages_of(bound, {**data, "temperatures": temperatures}).double())
+            found.append(advantages_of(bound, {**data, "temperatures": temperatures})[0].double())
     return torch.stack(found)
 
 

@@ -28,12 +28,22 @@ class AdvantageSubject(Subject):
 
     wording: ClassVar[str] = "the table of rewards"
 
+    @property
+    def block(self) -> int:
+        """Rows that it declares to belong together."""
+        block: int = self.declared("block", 1)
+        return block
+
+    def whole(self, num_rows: int) -> int:
+        """At least ``num_rows``, in whole blocks."""
+        return -(-num_rows // self.block) * self.block
+
     def question(self) -> dict[str, Tensor]:
-        return table(P=4, G=8)
+        return table(P=4, G=self.whole(8))
 
     def answer(self, built: Any, question: Table) -> Tensor:
         with foreign():
-            return advantages_of(bind("advantage", built), question)
+            return advantages_of(bind("advantage", built), question)[0]
 
     def of(self, question: Table) -> Tensor:
         """The advantages of a fresh instance, ``[P, G]``."""
@@ -79,9 +89,9 @@ def signature(subject: AdvantageSubject) -> str:
     return f"reads {', '.join(one.name for one in subject.component.data)}"
 
 
-@rule("return one finite number per completion, [P, G], without gradient", decisive=True)
+@rule("return one finite number per completion, [P, G], without gradient; metrics are (sum, count)", decisive=True)
 def returns(subject: AdvantageSubject) -> str:
-    """It returns a finite number for each completion, `[P, G]`."""
+    """It returns a finite number for each completion, `[P, G]`; metrics beside it are pairs of finite numbers."""
     found = subject.answer(subject.build(), subject.question())
     return f"{list(found.shape)}, from {float(found.min()):.3g} to {float(found.max()):.3g}"
 
@@ -97,12 +107,14 @@ def float64(subject: AdvantageSubject) -> str:
 
 @rule("use statistics that know no order: means, medians, counts; never the first or the last row")
 def row_order(subject: AdvantageSubject) -> str:
-    """Reordering the completions of a group reorders their advantages, and nothing else."""
+    """Reordering the completions of a group, or the blocks that it declares, reorders the advantages alone."""
     question = subject.question()
-    order = torch.tensor([3, 0, 6, 1, 7, 5, 2, 4])
+    count = subject.whole(8) // subject.block
+    blocks = [one for one in (2, 6, 1, 0, 7, 5, 3, 4) if one < count] + [*range(8, count)]
+    order = torch.tensor([one * subject.block + row for one in blocks for row in range(subject.block)])
     found, plain = subject.of(rows_of(question, slice(None), order)), subject.of(question)
     expect_same(found, plain[:, order], f"rows in the order {order.tolist()}", tolerance=TIGHT)
-    return "eight rows in another order"
+    return f"eight rows in another order{f', in blocks of {subject.block}' if subject.block > 1 else ''}"
 
 
 @rule("treat every prompt alike, wherever it stands in the batch")
@@ -146,10 +158,11 @@ def unscored_rows_do_not_count(subject: AdvantageSubject) -> str:
     """Unscored rows and groups beside the scored ones change nothing for them."""
     question = subject.question()
     plain = subject.of(question)
-    wide = rows_of(question, slice(None), torch.tensor([*range(8), 0, 1]))
+    size = subject.whole(8)
+    wide = rows_of(question, slice(None), torch.tensor([*range(size), *range(subject.whole(2))]))
     wide["rewards"] = wide["rewards"].clone()
-    wide["rewards"][:, 8:] = torch.nan
-    expect_same(subject.of(wide)[:, :8], plain, "with two unscored rows in each group", tolerance=TIGHT)
+    wide["rewards"][:, size:] = torch.nan
+    expect_same(subject.of(wide)[:, :size], plain, "with two unscored rows in each group", tolerance=TIGHT)
     tall = rows_of(question, torch.tensor([0, 1, 2, 3, 0]), slice(None))
     tall["rewards"] = tall["rewards"].clone()
     tall["rewards"][4] = torch.nan
@@ -161,11 +174,12 @@ def unscored_rows_do_not_count(subject: AdvantageSubject) -> str:
 def equal_totals_get_0(subject: AdvantageSubject) -> str:
     """When all totals of the batch are equal, every advantage is 0: rounding is not made a signal."""
     for num_rows, value in ((3, 0.1), (8, 1 / 3), (7, -7.3), (8, 0.0)):
-        question = table(P=2, G=num_rows)
+        question = table(P=2, G=subject.whole(num_rows))
         question["rewards"] = torch.full_like(question["rewards"], value)
         _expect_0(subject.of(question), f"{num_rows} rows of {value:g}")
-    question = table(P=1, G=3)
-    question |= {"rewards": torch.tensor([[[0.1, 0.2], [0.3, 0.0], [0.0, 0.3]]], dtype=torch.float64)}
+    rewards = torch.tensor([[[0.1, 0.2], [0.3, 0.0], [0.0, 0.3]]], dtype=torch.float64)
+    rows = torch.arange(subject.whole(3))
+    question = table(P=1, G=len(rows)) | {"rewards": rewards[:, rows % 3]}
     question |= {"weights": torch.ones(2, dtype=torch.float64)}
     if _sees_totals_only(subject):
         _expect_0(subject.of(question), "totals 0.1 + 0.2, 0.3 + 0 and 0 + 0.3")
@@ -201,7 +215,7 @@ def _expect_0(found: Tensor, what: str) -> None:
 @rule("a single prompt or a single completion is a batch too; refuse what cannot work with a `GrpoforgeError`")
 def batch_of_one(subject: AdvantageSubject) -> str:
     """One prompt, and one completion, give finite numbers, or a `GrpoforgeError` that says why not."""
-    subject.of(table(P=1, G=8))
+    subject.of(table(P=1, G=subject.whole(8)))
     try:
         subject.of(table(P=1, G=1))
     except Refused as refusal:

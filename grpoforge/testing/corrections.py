@@ -28,7 +28,7 @@ from grpoforge.testing.tokens import (
 
 @dataclass(frozen=True, kw_only=True)
 class CorrectionSubject(TokenSubject):
-    """A correction, asked about four rows whose sampler, old and current policy differ."""
+    """A correction, asked about four rows whose sampler, old, current and target policy differ."""
 
     def answer(self, built: Any, question: Tokens) -> dict[str, Tensor]:
         data = masked_as_engine(question)
@@ -70,7 +70,7 @@ def keeps_dtype(subject: CorrectionSubject) -> str:
 
 @rule("a ratio of 1 lies within every bound: correct nothing there")
 def on_policy_weight_is_1(subject: CorrectionSubject) -> str:
-    """Where sampler, old and current policy agree, every weight is exactly 1."""
+    """Where sampler, old, current and target policy agree, every weight is exactly 1."""
     question = token_table(on_policy=True)
     found = subject.weights(question)
     if bool((found != 1).any()):
@@ -85,6 +85,7 @@ def bounded_far_off_policy(subject: CorrectionSubject) -> str:
     for sign in (1.0, -1.0):
         question = dict(subject.question())
         question["sampling_logprobs"] = question["sampling_logprobs"] + sign * FAR
+        question["target_logprobs"] = question["target_logprobs"] - sign * FAR
         seen.append(_range(subject.weights(question)))
     return f"weights from {seen[0]} and from {seen[1]}"
 

@@ -30,6 +30,9 @@ from grpoforge.testing.tokens import (
 )
 from grpoforge.types import Coupling, LossInputs
 
+NOT_FOR_LOSSES = ("ref_logprobs", "target_logprobs")
+"""What KL estimators and corrections are given besides."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossSubject(TokenSubject):
@@ -48,7 +51,7 @@ class LossSubject(TokenSubject):
 
     def call(self, built: Any, question: Tokens) -> tuple[Tensor, Mapping[str, Tensor]]:
         """What ``built`` returns, per-token loss and metrics."""
-        inputs = LossInputs(**{name: values for name, values in question.items() if name != "ref_logprobs"}, seed=7)
+        inputs = LossInputs(**{name: values for name, values in question.items() if name not in NOT_FOR_LOSSES}, seed=7)
         with foreign():
             return loss_of(built, inputs)
 

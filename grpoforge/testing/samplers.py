@@ -44,6 +44,12 @@ class SamplerSubject(Subject):
         with foreign():
             return self.component.build({**short, **self.options})
 
+    @property
+    def block(self) -> int:
+        """Completions that it declares to draw together."""
+        block: int = self.declared("block", 1)
+        return block
+
     def question(self) -> tuple[Prompt, ...]:
         return tuple(_prompt(self.policy, index, text) for index, text in enumerate(QUESTIONS))
 
@@ -51,10 +57,11 @@ class SamplerSubject(Subject):
         return _content(self.draw(built, question, seed=11))
 
     def draw(self, built: Any, prompts: Sequence[Prompt], *, seed: int, group_size: int = GROUP_SIZE) -> Rollouts:
-        """Sampled rollouts, checked for their shape."""
+        """Sampled rollouts, checked for their shape; ``group_size`` is rounded up to whole blocks."""
+        size = -(-group_size // self.block) * self.block
         with foreign(), _quiet():
-            rollouts = built.sample(self.policy, prompts, group_size, seed)
-        return _checked(rollouts, prompts, group_size)
+            rollouts = built.sample(self.policy, prompts, size, seed)
+        return _checked(rollouts, prompts, size)
 
     def greedy(self, built: Any, prompts: Sequence[Prompt]) -> Rollouts:
         """Greedy rollouts, checked for their shape."""
@@ -105,7 +112,7 @@ def returns(subject: SamplerSubject) -> str:
     rollouts = subject.draw(built, prompts, seed=11)
     subject.greedy(built, prompts)
     lengths = [len(one.token_ids) for one in rollouts.flat()]
-    return f"{len(prompts)} groups of {GROUP_SIZE}, {min(lengths)} to {max(lengths)} tokens"
+    return f"{len(prompts)} groups of {rollouts.group_size}, {min(lengths)} to {max(lengths)} tokens"
 
 
 @rule("count the final EOS as a token, never padding; `length` means that the limit was reached")
@@ -210,7 +217,7 @@ def _expect_most_probable(policy: Policy, prompt: Prompt, one: Completion, numbe
 
 @rule("a single prompt with a single completion is a batch too")
 def batch_of_one(subject: SamplerSubject) -> str:
-    """One prompt with one completion works, after `sync` too."""
+    """One prompt with one completion, or as many as it declares as its `block`, works, after `sync` too."""
     built, prompts = subject.build(), subject.question()[:1]
     with foreign():
         built.sync(subject.policy)

@@ -62,6 +62,7 @@ def token_table(seed: int = 0, *, on_policy: bool = False) -> dict[str, Tensor]:
         "advantages": torch.tensor(ADVANTAGES, dtype=torch.float64)[:, None].expand(shape).clone(),
         "entropy": torch.rand(shape, generator=generator, dtype=torch.float64) * 2,
         "completion_mask": mask,
+        "target_logprobs": old.clone() if on_policy else old + noise(0.15),
     }
 
 
@@ -87,7 +88,7 @@ def far_where_masked(question: Tokens) -> dict[str, Tensor]:
     mask = question["completion_mask"]
     sign = torch.where(torch.arange(mask.shape[1]) % 2 == 0, FAR, -FAR)
     changed = dict(question)
-    for number, name in enumerate(("logprobs", "old_logprobs", "sampling_logprobs", "ref_logprobs")):
+    for number, name in enumerate(("logprobs", "old_logprobs", "sampling_logprobs", "ref_logprobs", "target_logprobs")):
         changed[name] = torch.where(mask, question[name], sign * (number % 2) - FAR)
     return changed
 

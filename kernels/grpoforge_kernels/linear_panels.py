@@ -52,8 +52,8 @@ class Head:
     def operand(self) -> torch.dtype:
         """The dtype in which matrices are multiplied.
 
-        Accelerators multiply bfloat16 with float32 sums, and so do CPUs with AVX512_BF16, at more than twice the rate
-        of float32. Other CPUs emulate it (1 to 10 GFLOP/s where float32 has 60 and more), so panels are widened there.
+        Accelerators multiply bfloat16 with float32 sums, and so do CPUs with AMX or AVX512_BF16, at more than twice the
+        rate of float32. Other CPUs emulate it (1 to 10 GFLOP/s where float32 has 60 and more) and widen panels instead.
         float16 is widened everywhere: it has no room for the small probabilities in softmax minus one-hot.
         """
         if self.weight.dtype != torch.bfloat16:
@@ -110,17 +110,17 @@ def take_stats(stats: RowStats, which: slice | Tensor) -> RowStats:
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
-    """``out = a @ b``, or ``out += a @ b``, summed in the dtype of ``out``, which may be wider than that of the two."""
-    if a.dtype == out.dtype:
-        out.addmm_(a, b) if add else torch.mm(a, b, out=out)
-    elif a.device.type == "cpu":
+    """``out = a @ b``, or ``out += a @ b``, summed in float32 or wider; `a` is rounded where `b` is narrower."""
+    if b.dtype == torch.bfloat16 and a.device.type == "cpu":
         products = dispatch.bfloat16_products()
         assert products is not None
-        products.multiply(a if a.stride(1) == 1 else a.contiguous(), b, out, add=add)
+        products.multiply(a, b, out, add=add)
+    elif a.dtype == out.dtype:
+        out.addmm_(a, b) if add else torch.mm(a, b, out=out)
     elif add:
-        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+        torch.ops.aten.addmm.dtype_out(out, a.to(b.dtype), b, out.dtype, out=out)
     else:
-        torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+        torch.ops.aten.mm.dtype_out(a.to(b.dtype), b, out.dtype, out=out)
 
 
 class Sweep:
@@ -169,8 +169,8 @@ class Sweep:
         return out if panel.bias is None else out.add_(panel.bias)
 
     def factor(self, gradient: Tensor) -> Tensor:
-        """``gradient [n, width]`` by the logits, rounded for the products if they are narrower."""
-        if gradient.dtype == self.head.operand:
+        """``gradient [n, width]`` by the logits, rounded for the products unless they round it themselves."""
+        if gradient.dtype == self.head.operand or gradient.device.type == "cpu":
             return gradient
         return self._shared(self._factor, gradient.shape, self.head.operand).copy_(gradient)
 
@@ -239,7 +239,7 @@ class Expectation:
         inside = (at >= 0) & (at < panel.stop - panel.start)
         at = at.where(inside, 0)
         weights.scatter_(1, at, weights.gather(1, at).masked_fill_(inside, 0))
-        multiply(weights.to(panel.weight.dtype), panel.weight, values, add=True)
+        multiply(weights, panel.weight, values, add=True)
 
 
 def tile(kept: Tensor, num_rows: int, panel: Panel) -> Tensor:
@@ -302,7 +302,8 @@ class Gradients:
             return
         first = first and self.untouched
         target = self.weight[panel.start : panel.stop]
-        if target.dtype == self._wide or (first and last and factor.dtype == target.dtype):
+        # A block of rows is a depth that a product can sum before it rounds.
+        if target.dtype == self._wide or (first and last and hidden.dtype == target.dtype):
             return multiply(factor.t(), hidden, target, add=not first)
         if self._panel is None:
             self._panel = torch.empty_like(target, dtype=self._wide)

@@ -8,8 +8,10 @@ from grpoforge import hookimpl
 from grpoforge_plugins import tiny_math
 from grpoforge_plugins.advantages.batch import batch_std, gdpo, prpo, reinforce_pp, reinforce_pp_baseline
 from grpoforge_plugins.advantages.group import gpg, group, group_mean, leave_one_out, maxrl, opo, robust
+from grpoforge_plugins.advantages.paired import Paired
 from grpoforge_plugins.advantages.pass_at_k import PassAtK
 from grpoforge_plugins.corrections.mask import GeometricMask, IcePop, SequenceMask, opsm
+from grpoforge_plugins.corrections.target import TargetSequenceMask, TargetTIS
 from grpoforge_plugins.corrections.truncate import TwoSidedTIS, tis, tis_sequence
 from grpoforge_plugins.datasets.gsm8k import gsm8k
 from grpoforge_plugins.datasets.tiny_math import tiny_math as tiny_math_problems
@@ -26,12 +28,13 @@ from grpoforge_plugins.losses.gspo import GSPO, LUSPO, GSPOToken
 from grpoforge_plugins.losses.reinforce import DRO, TOPR, reinforce
 from grpoforge_plugins.losses.sapo import SAPO
 from grpoforge_plugins.losses.vespo import VESPO
-from grpoforge_plugins.policies import huggingface
+from grpoforge_plugins.policies import huggingface, size
 from grpoforge_plugins.rewards.brevity import brevity
 from grpoforge_plugins.rewards.format import format_reward
 from grpoforge_plugins.rewards.math import math
 from grpoforge_plugins.rewards.overlong import soft_overlong
 from grpoforge_plugins.samplers.hf import HFSampler
+from grpoforge_plugins.samplers.paired import PairedSampler
 from grpoforge_plugins.trackers.console import Console
 from grpoforge_plugins.trackers.jsonl import Jsonl
 from grpoforge_plugins.trackers.rollouts import RolloutsFile
@@ -39,7 +42,7 @@ from grpoforge_plugins.trackers.tensorboard import TensorBoard
 
 if TYPE_CHECKING:
     from grpoforge.config import ModelConfig
-    from grpoforge.policy import Policy, Reader
+    from grpoforge.policy import Policy, PolicySize, Reader
 
 
 @hookimpl
@@ -53,6 +56,7 @@ def register_rewards(register: Any) -> None:
 @hookimpl
 def register_samplers(register: Any) -> None:
     register("hf", HFSampler)
+    register("paired", PairedSampler)
 
 
 @hookimpl
@@ -70,6 +74,7 @@ def register_advantages(register: Any) -> None:
     register("gpg", gpg)
     register("prpo", prpo)
     register("robust", robust)
+    register("paired", Paired)
 
 
 @hookimpl
@@ -95,6 +100,8 @@ def register_corrections(register: Any) -> None:
     register("sequence_mask", SequenceMask)
     register("geometric_mask", GeometricMask)
     register("opsm", opsm)
+    register("target_tis", TargetTIS)
+    register("target_sequence_mask", TargetSequenceMask)
 
 
 @hookimpl
@@ -142,7 +149,11 @@ def load_reader(model: ModelConfig) -> Reader:
     return huggingface.load_reader(_embedded(model))
 
 
+@hookimpl(trylast=True)
+def policy_size(model: ModelConfig) -> PolicySize | None:
+    return size.policy_size(_embedded(model))
+
+
 def _embedded(model: ModelConfig) -> ModelConfig:
-    if model.name != "tiny-math":
-        return model
-    return model.model_copy(update={"name": str(tiny_math.MODEL_DIR)})
+    """``model`` with its folder for a name where it comes with this package."""
+    return model.model_copy(update={"name": str(tiny_math.MODEL_DIR)}) if model.name == "tiny-math" else model

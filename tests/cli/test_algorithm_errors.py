@@ -73,6 +73,41 @@ COMBINATIONS = {
         "the whole vocabulary at each of their tokens",
         "use an estimator of sampled tokens such as `k2`, or `--set batch.micro_batch_size=96`",
     ),
+    "pairs of another number": (
+        ("--sampler", "paired", *sets("sampler.num_sample_pairs=10")),
+        "sampler option `num_sample_pairs` is 10, and a step of 24 prompts x 8 completions has 96 pairs (from --set "
+        "sampler.num_sample_pairs=10)",
+        "use `--set sampler.num_sample_pairs=96`, or change `batch.prompts_per_step` and "
+        "`batch.completions_per_prompt`",
+    ),
+    "pairs in groups of three": (
+        ("--sampler", "paired", *sets("batch.completions_per_prompt=3", "batch.minibatch_size=72")),
+        "`batch.completions_per_prompt` is 3 (from --set batch.completions_per_prompt=3), and sampler `paired` takes "
+        "them 2 at a time",
+        "use 2 or 4",
+    ),
+    "the gap inside half a pair": (
+        ("--advantage", "paired", *sets("batch.completions_per_prompt=3", "batch.minibatch_size=72")),
+        "`batch.completions_per_prompt` is 3 (from --set batch.completions_per_prompt=3), and advantage `paired` takes "
+        "them 2 at a time",
+        "use 2 or 4",
+    ),
+    "evaluation of half a pair": (
+        ("--sampler", "paired", *sets("sampler.num_sample_pairs=96", "eval.samples=3")),
+        "`eval.samples` is 3 (from --set eval.samples=3), and sampler `paired` draws 2 completions at a time",
+        "use 2 or 4",
+    ),
+    "two targets": (
+        sets("corrections=[{name: target_tis}, {name: target_sequence_mask, target_temperature: 0.7}]"),
+        "the corrections look at different temperatures (from --set corrections=[{name: target_tis}, {name: "
+        "target_sequence_mask, target_temperature: 0.7}]): `target_tis` at 1 and `target_sequence_mask` at 0.7",
+        "give all of them one `target_temperature`",
+    ),
+    "a sampler option out of range": (
+        sets("sampler.temperature=-1.0"),
+        "sampler option `temperature` is -1 (from --set sampler.temperature=-1.0)",
+        "choose it above 0",
+    ),
     "a target for a KL that is off": (
         sets("kl.target=0.1", "kl.beta=0"),
         "`kl.target` is 0.1 (from --set kl.target=0.1), and `kl.beta` is 0 (from --set kl.beta=0): there is nothing to "
@@ -234,7 +269,7 @@ def test_a_correction_without_options_and_a_second_one(cli: Callable[..., Any]) 
 
 SIGN = (
     "warning: with 2 completions per prompt advantage `group` keeps only the sign of their gap in reward, not its "
-    "size; `group_mean`, `batch_std` and `leave_one_out` keep it\n"
+    "size; `paired`, `group_mean`, `batch_std` and `leave_one_out` keep it\n"
 )
 
 

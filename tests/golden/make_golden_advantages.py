@@ -31,7 +31,7 @@ Group = list[float | None]
 Groups = list[Group]
 
 
-def totals() -> Groups:
+def totals(rewards: list[list[list[float | None]]] = REWARDS) -> Groups:
     """Weighted sums; None where no reward scored the row."""
     return [
         [
@@ -40,7 +40,7 @@ def totals() -> Groups:
             else sum(w * part for w, part in zip(WEIGHTS, row) if part is not None)
             for row in group
         ]
-        for group in REWARDS
+        for group in rewards
     ]
 
 
@@ -175,6 +175,39 @@ def regrouped(flat: list[list[float]]) -> list[list[float]]:
     return [flat[0][start : start + size] for start in range(0, len(flat[0]), size)]
 
 
+# Gaps of the weighted sums: 1.25 - 0.25, a row unscored; 0.0625, below the threshold, and -0.75; a tie, and 1.5 - 0.25.
+PAIRS: list[list[list[float | None]]] = [
+    [[1.0, 0.5], [0.0, 0.5], [None, None], [1.0, 0.0]],
+    [[0.0, 0.125], [0.0, 0.0], [0.25, None], [0.5, 1.0]],
+    [[1.0, 0.0], [0.5, 1.0], [0.0, 3.0], [None, 0.5]],
+]
+
+
+def paired_gaps(threshold: float, baselines: Sequence[float]) -> list[list[float]]:
+    """Half the gap of each pair and its opposite; 0 below the threshold and where a row is unscored."""
+    out = []
+    for group in totals(PAIRS):
+        row: list[float] = []
+        for first, second in zip(group[0::2], group[1::2]):
+            gap = 0.0 if first is None or second is None else (first - baselines[0]) - (second - baselines[1])
+            half = gap / 2 if abs(gap) >= threshold else 0.0
+            row += [half, -half]
+        out.append(row)
+    return out
+
+
+def paired_cases() -> list[tuple[str, dict[str, Any], list[list[float]]]]:
+    cold, hot = (known([one for group in totals(PAIRS) for one in group[start::2]]) for start in (0, 1))
+    spread_of_all = spread(cold + hot, "sample") + 1e-4
+    scaled = [[value / spread_of_all for value in row] for row in paired_gaps(0.1, (0.0, 0.0))]
+    return [
+        ("paired", {}, paired_gaps(0.1, (0.0, 0.0))),
+        ("paired-every_gap", {"preference_threshold": 0.0}, paired_gaps(0.0, (0.0, 0.0))),
+        ("paired-std", {"std": "sample", "epsilon": 1e-4}, scaled),
+        ("paired-baseline", {"baseline_decay": 0.9}, paired_gaps(0.1, (mean(cold), mean(hot)))),
+    ]
+
+
 def advantages() -> dict[str, dict[str, Any]]:
     """By file name: component, options and expected advantages."""
     cases: list[tuple[str, str, dict[str, Any], list[list[float]]]] = [
@@ -207,9 +240,13 @@ def advantages() -> dict[str, dict[str, Any]]:
         ("gdpo-verl", "gdpo", {"std": "sample", "epsilon": 1e-6, "whiten": "tokens"}, gdpo("sample", 1e-6, "tokens")),
     ]
     inputs = {"rewards": REWARDS, "weights": WEIGHTS, "lengths": LENGTHS}
+    pairs = {"rewards": PAIRS, "weights": WEIGHTS, "temperatures": [[0.75, 1.25] * 2] * 3}
     return {
         name: {"component": component, "options": options, "inputs": inputs, "advantages": expected}
         for name, component, options, expected in cases
+    } | {
+        name: {"component": "paired", "options": options, "inputs": pairs, "advantages": expected}
+        for name, options, expected in paired_cases()
     }
 
 
@@ -328,6 +365,7 @@ def full_estimators() -> dict[str, dict[str, Any]]:
 CURRENT = [[-1.0, -2.0, -0.5, 0.0], [-0.25, -3.0, -1.5, -2.0], [-4.0, -1.0, -2.5, -1.0], [0.0, 0.0, 0.0, 0.0]]
 OLD = [[-1.25, -2.0, -0.75, 1e4], [-0.25, -1.0, -1.5, -2.0], [-2.0, -0.99, -2.5, -1.0], [1e4, -1e4, 0.0, 0.0]]
 SAMPLING = [[-1.0, -2.5, -0.75, -1e4], [-0.26, -3.5, -1.5, -2.0], [-2.01, -1.0, -2.5, -1.0], [-1e4, 1e4, 0.0, 0.0]]
+TARGET = [[-0.75, -2.0, -0.5, -1e4], [-0.5, -2.0, -1.25, -3.0], [-1.0, -0.75, -2.75, -1.0], [-1e4, 1e4, 0.0, 0.0]]
 MASK = [[True, True, True, False], [True] * 4, [True] * 4, [False] * 4]
 ADVANTAGES = [[-1.0] * 4, [0.5] * 4, [-0.25] * 4, [-2.0] * 4]
 
@@ -337,11 +375,15 @@ def rows_of(left: Sequence[Sequence[float]], right: Sequence[Sequence[float]]) -
     return [[a - b for a, b, real in zip(*row) if real] for row in zip(left, right, MASK)]
 
 
-def token_weights(formula: Callable[[float, list[float]], float]) -> list[list[float]]:
+def token_weights(
+    formula: Callable[[float, list[float]], float],
+    left: Sequence[Sequence[float]] = OLD,
+    right: Sequence[Sequence[float]] = SAMPLING,
+) -> list[list[float]]:
     """``formula(log ratio of the token, log ratios of its row)``; masked positions have log ratio 0."""
     out = []
-    for old, sampling, mask, row in zip(OLD, SAMPLING, MASK, rows_of(OLD, SAMPLING)):
-        out.append([formula(a - b if real else 0.0, row) for a, b, real in zip(old, sampling, mask)])
+    for ours, theirs, mask, row in zip(left, right, MASK, rows_of(left, right)):
+        out.append([formula(a - b if real else 0.0, row) for a, b, real in zip(ours, theirs, mask)])
     return out
 
 
@@ -401,11 +443,25 @@ def corrections() -> dict[str, dict[str, Any]]:
         ),
         ("opsm-trl", "opsm", {}, opsm(0.5)),
         ("opsm-slime", "opsm", {"delta": 1e-4}, opsm(1e-4)),
+        ("target_tis", "target_tis", {}, token_weights(lambda d, _: min(exp(d), 2.0), TARGET, OLD)),
+        (
+            "target_sequence_mask",
+            "target_sequence_mask",
+            {"target_temperature": 0.9},
+            token_weights(lambda _, row: kept(exp(sum(row)), exp(sum(row)), 0.0, 3.0), TARGET, OLD),
+        ),
+        (
+            "target_sequence_mask-one",
+            "target_sequence_mask",
+            {"low": 0.25, "high": 4.0, "kept": "one"},
+            token_weights(lambda _, row: kept(exp(sum(row)), 1.0, 0.25, 4.0), TARGET, OLD),
+        ),
     ]
     inputs = {
         "logprobs": CURRENT,
         "old_logprobs": OLD,
         "sampling_logprobs": SAMPLING,
+        "target_logprobs": TARGET,
         "advantages": ADVANTAGES,
         "completion_mask": MASK,
     }

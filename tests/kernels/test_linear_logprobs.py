@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -267,22 +268,57 @@ def test_bfloat16_is_not_worse_than_plain_torch(native: bool, monkeypatch: pytes
         assert error(ours, exact) < error(plain, exact)
 
 
+def product_kinds() -> range:
+    """Everything that multiplies bfloat16 on this processor: AVX512_BF16, AMX."""
+    if not HAS_PRODUCTS:
+        return range(0)
+    return range(1, dispatch.bfloat16_products().kind() + 1)
+
+
 @pytest.mark.skipif(not HAS_PRODUCTS, reason="the CPU has no bfloat16 products")
-@pytest.mark.parametrize(("num_rows", "num_columns", "depth"), [(1, 1, 1), (5, 37, 13), (12, 32, 64), (29, 65, 2051)])
-def test_bfloat16_products_are_summed_in_float32(num_rows: int, num_columns: int, depth: int) -> None:
+@pytest.mark.parametrize("by", product_kinds())
+@pytest.mark.parametrize(
+    ("num_rows", "num_columns", "depth"), [(1, 1, 1), (5, 37, 13), (12, 32, 64), (64, 160, 96), (29, 65, 2051)]
+)
+def test_bfloat16_products_are_summed_in_float32(num_rows: int, num_columns: int, depth: int, by: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    multiply = dispatch.bfloat16_products().multiply
+    multiply = partial(dispatch.bfloat16_products().multiply, by=by)
     a = torch.randn(num_rows, depth + 3, generator=generator).bfloat16()[:, 1 : depth + 1]
     b = torch.randn(depth, num_columns, generator=generator).bfloat16()
     exact = a.double() @ b.double()
-    for other in (b, b.t().contiguous().t()):
-        out, alone = torch.empty(num_rows, num_columns), torch.empty(1, num_columns)
-        multiply(a, other, out, add=False)
-        assert error(out, exact) < 2e-6
-        multiply(a[-1:], other, alone, add=False)
-        assert torch.equal(alone, out[-1:])
-        multiply(a, other, out, add=True)
-        assert error(out, 2 * exact) < 2e-6
+    for left in (a, a.t().contiguous().t()):
+        for other in (b, b.t().contiguous().t()):
+            out, alone = torch.empty(num_rows, num_columns), torch.empty(1, num_columns)
+            multiply(left, other, out, add=False)
+            assert error(out, exact) < 2e-6
+            multiply(left[-1:], other, alone, add=False)
+            assert torch.equal(alone, out[-1:])
+            multiply(left, other, out, add=True)
+            assert error(out, 2 * exact) < 2e-6
+
+
+@pytest.mark.skipif(not HAS_PRODUCTS, reason="the CPU has no bfloat16 products")
+@pytest.mark.parametrize("by", product_kinds())
+def test_a_product_rounds_what_is_wide_once(by: int) -> None:
+    a, b = torch.randn(45, 70), torch.randn(70, 50).bfloat16()
+    wide, narrow, out = torch.empty(45, 50), torch.empty(45, 50), torch.empty(45, 50, dtype=torch.bfloat16)
+    multiply = partial(dispatch.bfloat16_products().multiply, add=False, by=by)
+    multiply(a, b, wide)
+    multiply(a.bfloat16(), b, narrow)
+    multiply(a, b, out)
+    assert torch.equal(wide, narrow)
+    assert torch.equal(out, wide.bfloat16())
+
+
+@pytest.mark.skipif(not HAS_PRODUCTS, reason="the CPU has no bfloat16 products")
+@pytest.mark.parametrize("by", product_kinds())
+def test_what_is_not_a_number_stays_in_its_row(by: int) -> None:
+    a, b, out = torch.randn(40, 64), torch.randn(64, 64).bfloat16(), torch.empty(40, 64)
+    a[3, 5], a[7, 9] = float("nan"), float("inf")
+    dispatch.bfloat16_products().multiply(a, b, out, add=False, by=by)
+    assert out[3].isnan().all() and not out[7].isfinite().any()
+    others = [row for row in range(40) if row not in (3, 7)]
+    assert out[others].isfinite().all()
 
 
 @pytest.mark.skipif(not HAS_PRODUCTS, reason="the CPU has no bfloat16 products")

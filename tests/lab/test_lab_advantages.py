@@ -51,6 +51,27 @@ def test_every_batch_is_there_with_its_probability() -> None:
     assert found == {key: pytest.approx(chance, abs=1e-14) for key, chance in brute.items()}
 
 
+@pytest.mark.parametrize(("size", "block"), [(2, 2), (4, 2), (6, 3)])
+def test_every_batch_of_blocks_is_there_with_its_probability(size: int, block: int) -> None:
+    chances = torch.tensor([0.7, 0.3], dtype=torch.float64)
+    drawn, weights = every_batch([chances], size, block)
+    found = {tuple(group[0]): weight for group, weight in zip(drawn.tolist(), weights.tolist(), strict=True)}
+    assert len(found) == len(drawn)
+    brute: dict[tuple[int, ...], float] = {}
+    for rows in itertools.product(range(2), repeat=size):
+        blocks = sorted(tuple(sorted(rows[start : start + block])) for start in range(0, size, block))
+        key = tuple(itertools.chain(*blocks))
+        brute[key] = brute.get(key, 0.0) + math.prod(float(chances[row]) for row in rows)
+    assert found == {key: pytest.approx(chance, abs=1e-14) for key, chance in brute.items()}
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_half_the_gap_is_half_the_gradient_and_its_noise_stays_that_of_two(size: int) -> None:
+    found = exact("paired", size, preference_threshold=0.0)
+    assert found.cosine == pytest.approx(1, abs=1e-10) and found.scale == pytest.approx(0.5, abs=1e-10)
+    assert found.noise == pytest.approx(exact("group_mean", 2).noise, rel=1e-10)
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_mean_of_the_others_is_an_unbiased_baseline(size: int) -> None:
     found = exact("leave_one_out", size)

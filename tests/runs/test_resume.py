@@ -86,6 +86,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {"model": {"lora": {"r": 4, "alpha": 8}}, "kl": {"beta": 0.1}},
     "kl to a frozen copy": {"kl": {"beta": 0.1}},
     "linear schedule": {"optim": {"schedule": "linear", "warmup_steps": 3}},
+    "pairs, baselines by temperature, a common target": {
+        "batch": {"completions_per_prompt": 4, "minibatch_size": 4},
+        "sampler": {"name": "paired", "num_sample_pairs": 4},
+        "advantage": {"name": "paired", "preference_threshold": 0.0, "baseline_decay": 0.5},
+        "corrections": [{"name": "target_tis"}],
+        "eval": {"samples": 2},
+    },
     "tokens drawn by top-p, sampled evaluation": {"sampler": {"top_p": 0.9}, "eval": {"samples": 2}},
 }
 

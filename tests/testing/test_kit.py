@@ -30,12 +30,15 @@ from grpoforge.testing.gradients import compare_slopes
 from grpoforge.testing.kit import Broken, NotApplicable, Subject, difference, examine, foreign, rule
 from grpoforge.types import Coupling, LossInputs
 from grpoforge_plugins.advantages.group import group_mean
+from grpoforge_plugins.advantages.paired import Paired
 from grpoforge_plugins.corrections import truncate
+from grpoforge_plugins.corrections.target import TargetSequenceMask, TargetTIS
 from grpoforge_plugins.datasets.tiny_math import tiny_math
 from grpoforge_plugins.kl.schulman import k1, k3
 from grpoforge_plugins.losses.clip import Clip
 from grpoforge_plugins.rewards.math import math as math_reward
 from grpoforge_plugins.samplers.hf import HFSampler
+from grpoforge_plugins.samplers.paired import PairedSampler
 from grpoforge_plugins.trackers.jsonl import Jsonl
 
 NAN = math.nan
@@ -394,3 +397,45 @@ def test_a_dataset_that_cannot_be_had_is_not_broken() -> None:
 
     report = check_dataset(remote)
     assert finding(report, "returns") == ("not applicable", "refused it: no network")
+
+
+def by_place(rewards: Tensor, weights: Tensor) -> Tensor:
+    """The first row of every pair is good, whatever its reward: it depends on the order inside a pair."""
+    total = (rewards * weights).nansum(dim=2).masked_fill(rewards.isnan().all(dim=2), 0.0)
+    return total - total.roll(1, dims=1)
+
+
+def test_rows_that_belong_together_are_moved_together() -> None:
+    report = check_advantage(Paired)
+    assert report.kept, report
+    assert finding(report, "row_order") == ("passed", "eight rows in another order, in blocks of 2")
+    assert finding(report, "batch_of_one")[1].startswith("one prompt works; one completion: refused it: advantage")
+    assert names(check_advantage(by_place)).count("row_order") == 1
+    undeclared = type("Undeclared", (Paired,), {"block": 1, "__module__": __name__})
+    assert "row_order" in names(check_advantage(undeclared)), "pairs are no single rows"
+
+
+def test_a_block_is_no_excuse_for_an_order_of_blocks() -> None:
+    assert "row_order" in names(check_advantage(declares(block=2)(by_place)))
+
+
+def test_metrics_beside_advantages_are_checked() -> None:
+    def spoilt(rewards: Tensor, weights: Tensor) -> Any:
+        return group_mean(rewards, weights), {"x": (NAN, 1.0)}
+
+    report = check_advantage(spoilt)
+    assert finding(report, "returns") == ("failed", "advantage `spoilt` returned as metric `x` (nan, 1.0)")
+
+
+def test_a_sampler_of_pairs_is_asked_for_pairs() -> None:
+    report = check_sampler(PairedSampler)
+    assert report.kept, report
+    assert finding(report, "returns")[1].startswith("3 groups of 4")
+    undeclared = type("Undeclared", (PairedSampler,), {"block": 1, "__module__": __name__})
+    assert "batch_of_one" in names(check_sampler(undeclared))
+
+
+@pytest.mark.parametrize("correction", [TargetTIS, TargetSequenceMask])
+def test_a_correction_to_a_target_keeps_the_contract(correction: Any) -> None:
+    report = check_correction(correction, target_temperature=0.7)
+    assert report.kept, report

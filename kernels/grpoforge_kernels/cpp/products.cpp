@@ -1,35 +1,63 @@
-// Products of bfloat16 matrices, left in float32. torch has none on a CPU: its bfloat16 product rounds the result to
+// Products of bfloat16 matrices with float32 sums. torch has none on a CPU: its bfloat16 product rounds the result to
 // bfloat16.
 //
-// A strip of COLUMNS columns of b is packed once (pairs of neighbors along k side by side, which `vdpbf16ps` multiplies
-// and adds) and stays in L2, while ROWS rows of a at a time, in L1, pass over it. A strip is computed by one thread, in
-// one order, so results do not depend on how many there are.
+// Both factors are packed in tiles of 16 x 32 numbers, zeros behind the edges: a row of a is 32 neighbors along the depth;
+// a row of b is a pair of neighbors along the depth for each of 16 columns. Such tiles are what AMX multiplies, and what
+// AVX512_BF16 multiplies one register at a time. A strip of columns of b is packed by the thread that multiplies it and
+// stays in L2 while all of a passes over it. Every number of the result is summed in one order, so it depends neither on
+// the number of threads nor on the rows beside it.
 #include "rows.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(GRPOFORGE_NO_CLONES)
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && !defined(GRPOFORGE_NO_CLONES)
 #define HAS_PRODUCT 1
+#include <cstdlib>
+#include <sys/syscall.h>
+#include <unistd.h>
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 
 namespace {
 
-constexpr int64_t LANES = 16, COLUMNS = 2 * LANES, ROWS = 12, DEPTH = 1024;
+constexpr int64_t LANES = 16, DEPTH = 2 * LANES, TILE = LANES * DEPTH, BLOCK = 2 * LANES;
+constexpr int64_t STRIP = 4 * BLOCK, MOST_DEPTH = 2048;  // of b, packed at a time: 512 KiB at most
 
 typedef float Floats __attribute__((vector_size(64)));
 typedef uint32_t Pairs __attribute__((vector_size(64)));  // of bfloat16
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+enum Kind : int32_t { NONE = 0, AVX512 = 1, AMX = 2 };
 
 struct Matrix {
-    const uint16_t* data;
-    int64_t row, column;  // strides in elements
+    const void* data;
+    int64_t row, column;  // strides in elements; one of them is 1
+    bool is_float32;      // rounded to bfloat16 when it is packed
 };
 
-INLINE uint32_t pair_at(const uint16_t* x) {
-    uint32_t pair;
-    std::memcpy(&pair, x, 4);
-    return pair;
+INLINE Halves rounded(Floats x) {
+    Halves halves;
+    __asm__("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(x));
+    return halves;
 }
 
-INLINE void multiply_add(Floats& sum, Pairs a, Pairs b) { __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+INLINE uint16_t element(const Matrix& m, int64_t i, int64_t k) {
+    const int64_t at = i * m.row + k * m.column;
+    if (!m.is_float32) return static_cast<const uint16_t*>(m.data)[at];
+    return rounded(Floats{} + static_cast<const float*>(m.data)[at])[0];
+}
+
+// 16 neighbors from element `at` on.
+INLINE Halves neighbors(const Matrix& m, int64_t at) {
+    if (m.is_float32) {
+        Floats x;
+        std::memcpy(&x, static_cast<const float*>(m.data) + at, sizeof x);
+        return rounded(x);
+    }
+    Halves halves;
+    std::memcpy(&halves, static_cast<const uint16_t*>(m.data) + at, sizeof halves);
+    return halves;
+}
+
+INLINE Pairs wide(Halves x) { return __builtin_convertvector(x, Pairs); }
 
 // Exchanges the blocks of `size` lanes off the diagonal of each pair of registers; sizes 8, 4, 2, 1 transpose 16 x 16.
 template <int size>
@@ -48,124 +76,249 @@ INLINE void exchange(Pairs* rows) {
     }
 }
 
-// 16 columns of a matrix whose columns are contiguous, 32 elements of each.
-INLINE void pack_square(const uint16_t* b, int64_t column, uint32_t* packed) {
-    Pairs rows[LANES];
-#pragma GCC unroll 16
-    for (int at = 0; at < LANES; at++) std::memcpy(&rows[at], b + at * column, 64);
+INLINE void transpose(Pairs* rows) {
     exchange<8>(rows);
     exchange<4>(rows);
     exchange<2>(rows);
     exchange<1>(rows);
-#pragma GCC unroll 16
-    for (int at = 0; at < LANES; at++) std::memcpy(packed + at * COLUMNS, &rows[at], 64);
 }
 
-// packed[k / 2][COLUMNS] pairs, with zeros where b has no element.
-void pack(const Matrix& b, int64_t depth, int64_t num_columns, uint32_t* packed) {
-    int64_t done = 0;
-    if (b.row == 1 && num_columns == COLUMNS) {
-        for (; done + 2 * LANES <= depth; done += 2 * LANES)
-            for (int64_t half = 0; half < COLUMNS; half += LANES)
-                pack_square(b.data + done + half * b.column, b.column, packed + done / 2 * COLUMNS + half);
-    }
-    for (int64_t k = done; k < depth; k += 2) {
-        const uint16_t *even = b.data + k * b.row, *odd = even + b.row;
-        uint32_t* const to = packed + k / 2 * COLUMNS;
-        if (b.column == 1 && num_columns == COLUMNS && k + 1 < depth) {
-            for (int64_t n = 0; n < COLUMNS; n++) to[n] = even[n] | uint32_t{odd[n]} << 16;
-            continue;
-        }
-        for (int64_t n = 0; n < COLUMNS; n++) {
-            const uint32_t low = n < num_columns ? even[n * b.column] : 0;
-            to[n] = low | (n < num_columns && k + 1 < depth ? uint32_t{odd[n * b.column]} << 16 : 0);
-        }
+// 16 lines of 32 neighbors along the depth, lines apart by m.row: a tile of a, or a tile of b transposed.
+INLINE void read_lines(const Matrix& m, int64_t at, Pairs* rows) {
+#pragma GCC unroll 16
+    for (int line = 0; line < LANES; line++) {
+        const Halves halves[2] = {neighbors(m, at + line * m.row), neighbors(m, at + line * m.row + LANES)};
+        std::memcpy(&rows[line], halves, 64);
     }
 }
 
-// `num_rows` rows of c by one strip: c = a b, or c += a b.
-template <int num_rows>
-__attribute__((noinline)) void tile(
-    const uint16_t* a, int64_t a_row, const uint32_t* packed, int64_t depth, float* c, int64_t c_row, int64_t num_columns,
-    bool add) {
-    Floats sums[num_rows][2] = {};
-    for (int64_t k = 0; k < depth; k += 2) {
-        Pairs left, right;
-        std::memcpy(&left, packed + k / 2 * COLUMNS, 64);
-        std::memcpy(&right, packed + k / 2 * COLUMNS + LANES, 64);
-        const bool is_last = k + 1 == depth;
+// 32 lines of 16 neighbors, lines apart along the depth by m.column: pairs of lines are a tile of b, or one of a transposed.
+INLINE void read_pairs(const Matrix& m, int64_t at, Pairs* rows) {
 #pragma GCC unroll 16
-        for (int row = 0; row < num_rows; row++) {
-            const uint16_t* const at = a + row * a_row + k;
-            const Pairs both = Pairs{} + (is_last ? uint32_t{*at} : pair_at(at));
-            multiply_add(sums[row][0], both, left);
-            multiply_add(sums[row][1], both, right);
+    for (int pair = 0; pair < LANES; pair++) {
+        const int64_t even = at + 2 * pair * m.column;
+        rows[pair] = wide(neighbors(m, even)) | wide(neighbors(m, even + m.column)) << 16;
+    }
+}
+
+// The tile at line i (a row of a, a column of b) and depth k; `lines` and `depth` are what is left from there. `is_paired`:
+// in the order of b.
+__attribute__((noinline)) void pack_tile(
+    const Matrix& m, int64_t i, int64_t k, int64_t lines, int64_t depth, bool is_paired, uint16_t* tile) {
+    if (lines >= LANES && depth >= DEPTH) {
+        const int64_t at = i * m.row + k * m.column;
+        Pairs rows[LANES];
+        const bool is_deep = m.column == 1;
+        is_deep ? read_lines(m, at, rows) : read_pairs(m, at, rows);
+        if (is_deep == is_paired) transpose(rows);
+        std::memcpy(tile, rows, sizeof rows);
+        return;
+    }
+    std::memset(tile, 0, TILE * sizeof *tile);
+    for (int64_t line = 0; line < lines && line < LANES; line++)
+        for (int64_t d = 0; d < depth && d < DEPTH; d++)
+            tile[is_paired ? d / 2 * DEPTH + 2 * line + d % 2 : line * DEPTH + d] = element(m, i + line, k + d);
+}
+
+// All tiles along the depth of 16 lines, one after the other.
+void pack_lines(const Matrix& m, int64_t i, int64_t num_lines, int64_t depth, bool is_paired, uint16_t* packed) {
+    for (int64_t k = 0; k < depth; k += DEPTH)
+        pack_tile(m, i, k, num_lines - i, depth - k, is_paired, packed + k / DEPTH * TILE);
+}
+
+struct alignas(64) TileShapes {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// The sums of a block of 32 x 32, or what they add to; a and b are two times `num_tiles` tiles each.
+void block_amx(const uint16_t* a, const uint16_t* b, int64_t num_tiles, float* sums, int64_t sums_row, bool add) {
+    const int64_t next = num_tiles * TILE, bytes = sums_row * int64_t{sizeof(float)};
+    float* const below = sums + LANES * sums_row;
+    if (add)
+        __asm__ volatile(
+            "tileloadd (%0,%4,1), %%tmm0\n\ttileloadd (%1,%4,1), %%tmm1\n\t"
+            "tileloadd (%2,%4,1), %%tmm2\n\ttileloadd (%3,%4,1), %%tmm3"
+            ::"r"(sums), "r"(sums + LANES), "r"(below), "r"(below + LANES), "r"(bytes) : "memory");
+    else
+        __asm__ volatile("tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3" ::);
+    for (int64_t at = 0; at < next; at += TILE)
+        __asm__ volatile(
+            "tileloadd (%0,%4,1), %%tmm4\n\ttileloadd (%2,%4,1), %%tmm6\n\ttdpbf16ps %%tmm6, %%tmm4, %%tmm0\n\t"
+            "tileloadd (%3,%4,1), %%tmm7\n\ttdpbf16ps %%tmm7, %%tmm4, %%tmm1\n\t"
+            "tileloadd (%1,%4,1), %%tmm5\n\ttdpbf16ps %%tmm6, %%tmm5, %%tmm2\n\ttdpbf16ps %%tmm7, %%tmm5, %%tmm3"
+            ::"r"(a + at), "r"(a + next + at), "r"(b + at), "r"(b + next + at), "r"(int64_t{64}) : "memory");
+    __asm__ volatile(
+        "tilestored %%tmm0, (%0,%4,1)\n\ttilestored %%tmm1, (%1,%4,1)\n\t"
+        "tilestored %%tmm2, (%2,%4,1)\n\ttilestored %%tmm3, (%3,%4,1)"
+        ::"r"(sums), "r"(sums + LANES), "r"(below), "r"(below + LANES), "r"(bytes) : "memory");
+}
+
+void block_avx512(const uint16_t* a, const uint16_t* b, int64_t num_tiles, float* sums, int64_t sums_row, bool add) {
+    constexpr int ROWS = 8;
+    const int64_t next = num_tiles * TILE;
+    for (int64_t row = 0; row < BLOCK; row += ROWS) {
+        const uint16_t* const lines = a + row / LANES * next + row % LANES * DEPTH;
+        Floats found[ROWS][2] = {};
+        if (add)
+            for (int r = 0; r < ROWS; r++) std::memcpy(found[r], sums + (row + r) * sums_row, sizeof found[r]);
+        for (int64_t at = 0; at < next; at += TILE)
+            for (int64_t pair = 0; pair < LANES; pair++) {
+                Pairs left, right;
+                std::memcpy(&left, b + at + pair * DEPTH, 64);
+                std::memcpy(&right, b + next + at + pair * DEPTH, 64);
+#pragma GCC unroll 8
+                for (int r = 0; r < ROWS; r++) {
+                    uint32_t value;
+                    std::memcpy(&value, lines + at + r * DEPTH + 2 * pair, 4);
+                    const Pairs both = Pairs{} + value;
+                    __asm__("vdpbf16ps %2, %1, %0" : "+v"(found[r][0]) : "v"(both), "v"(left));
+                    __asm__("vdpbf16ps %2, %1, %0" : "+v"(found[r][1]) : "v"(both), "v"(right));
+                }
+            }
+        for (int r = 0; r < ROWS; r++) std::memcpy(sums + (row + r) * sums_row, found[r], sizeof found[r]);
+    }
+}
+
+struct Result {
+    void* data;
+    int64_t row;  // stride in elements
+    bool is_float32, add;
+};
+
+// Writes the part of a block that is inside the result, `rows` x `columns` from row i and column n on.
+void write(const float* sums, const Result& c, int64_t i, int64_t n, int64_t rows, int64_t columns) {
+    for (int64_t row = 0; row < rows; row++, sums += BLOCK) {
+        const int64_t at = (i + row) * c.row + n;
+        for (int64_t column = 0; column < columns; column += LANES) {
+            const auto count = static_cast<size_t>(columns - column < LANES ? columns - column : LANES);
+            Floats sum, before = {};
+            std::memcpy(&sum, sums + column, sizeof sum);
+            if (!c.is_float32) {
+                const Halves halves = rounded(sum);
+                std::memcpy(static_cast<uint16_t*>(c.data) + at + column, &halves, 2 * count);
+                continue;
+            }
+            float* const to = static_cast<float*>(c.data) + at + column;
+            if (c.add) std::memcpy(&before, to, 4 * count);
+            sum += before;
+            std::memcpy(to, &sum, 4 * count);
         }
     }
-#pragma GCC unroll 16
-    for (int row = 0; row < num_rows; row++) {
-        float* const to = c + row * c_row;
-        if (num_columns == COLUMNS) {
-            Floats before[2] = {};
-            if (add) std::memcpy(before, to, sizeof before);
-            const Floats after[2] = {before[0] + sums[row][0], before[1] + sums[row][1]};
-            std::memcpy(to, after, sizeof after);
-        } else {
-            float values[COLUMNS];
-            std::memcpy(values, sums[row], sizeof values);
-            for (int64_t n = 0; n < num_columns; n++) to[n] = add ? to[n] + values[n] : values[n];
-        }
+}
+
+int64_t tiles_of(int64_t number, int64_t size) { return (number + size - 1) / size; }
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+uint16_t* lines_for(int64_t number, int64_t num_tiles) {
+    return static_cast<uint16_t*>(std::aligned_alloc(64, static_cast<size_t>(number * num_tiles * TILE) * sizeof(uint16_t)));
+}
+
+struct Product {
+    Kind kind;
+    Matrix a, b;
+    int64_t num_rows, num_columns, depth;
+    Result c;
+
+    int64_t num_tiles() const { return tiles_of(depth, DEPTH); }
+
+    // The columns of a strip from n on, by the packed a; `sums` is room for a block.
+    void strip(int64_t n, const uint16_t* left, uint16_t* right, float* sums) const {
+        const auto block = kind == AMX ? block_amx : block_avx512;
+        const int64_t line = num_tiles() * TILE, end = smaller(n + STRIP, num_columns);
+        for (int64_t column = n; column < end; column += LANES)
+            pack_lines(b, column, num_columns, depth, true, right + (column - n) / LANES * line);
+        if (tiles_of(end - n, LANES) % 2) std::memset(right + tiles_of(end - n, LANES) * line, 0, line * sizeof *right);
+        for (int64_t i = 0; i < num_rows; i += BLOCK)
+            for (int64_t column = n; column < end; column += BLOCK) {
+                const uint16_t* const packed = right + (column - n) / LANES * line;
+                const int64_t rows = smaller(num_rows - i, BLOCK), columns = smaller(end - column, BLOCK);
+                if (c.is_float32 && rows == BLOCK && columns == BLOCK) {
+                    float* const to = static_cast<float*>(c.data) + i * c.row + column;
+                    block(left + i / LANES * line, packed, num_tiles(), to, c.row, c.add);
+                } else {
+                    block(left + i / LANES * line, packed, num_tiles(), sums, BLOCK, false);
+                    write(sums, c, i, column, rows, columns);
+                }
+            }
     }
+
+    void run(int num_threads) const {
+        const int64_t line = num_tiles() * TILE, num_lines = 2 * tiles_of(num_rows, BLOCK);
+        uint16_t* const left = lines_for(num_lines, num_tiles());
+        const TileShapes shapes;
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
+        {
+            uint16_t* const right = lines_for(STRIP / LANES, num_tiles());
+            alignas(64) float sums[BLOCK * BLOCK];
+#pragma omp for schedule(dynamic)
+            for (int64_t i = 0; i < num_lines; i++) pack_lines(a, i * LANES, num_rows, depth, false, left + i * line);
+            if (kind == AMX) __asm__ volatile("ldtilecfg %0" ::"m"(shapes));
+#pragma omp for schedule(dynamic)
+            for (int64_t n = 0; n < num_columns; n += STRIP) strip(n, left, right, sums);
+            if (kind == AMX) __asm__ volatile("tilerelease" ::);
+            std::free(right);
+        }
+        std::free(left);
+    }
+};
+
+Kind best_kind() {
+    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512bw")
+        || !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512cd"))
+        return NONE;
+    // The kernel lends a process the tile registers when asked.
+    const bool has_amx = __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-tile")
+        && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+    return has_amx ? AMX : AVX512;
 }
 
 }  // namespace
-
-static void strip(
-    const Matrix& a, const Matrix& b, int64_t num_rows, int64_t num_columns, int64_t depth, float* c, int64_t c_row,
-    bool add) {
-    alignas(64) uint32_t packed[DEPTH / 2 * COLUMNS];
-    for (int64_t k = 0; k < depth; k += DEPTH) {
-        const int64_t deep = depth - k < DEPTH ? depth - k : DEPTH;
-        pack({b.data + k * b.row, b.row, b.column}, deep, num_columns, packed);
-        int64_t row = 0;
-        const auto rows_by = [&](auto some) {
-            for (; row + some <= num_rows; row += some)
-                tile<some>(a.data + row * a.row + k, a.row, packed, deep, c + row * c_row, c_row, num_columns, add || k > 0);
-        };
-        rows_by(std::integral_constant<int, ROWS>{});
-        rows_by(std::integral_constant<int, 4>{});
-        rows_by(std::integral_constant<int, 1>{});
-    }
-}
 
 #pragma GCC pop_options
 #endif
 
 extern "C" {
 
-// Whether this processor multiplies bfloat16, and the compiler could say so.
-int32_t grpoforge_has_bfloat16_product() {
+// What multiplies bfloat16 on this processor, as far as the compiler can say so: 2 tiles (AMX), 1 registers (AVX512_BF16),
+// 0 nothing.
+int32_t grpoforge_bfloat16_product_kind() {
 #ifdef HAS_PRODUCT
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")
-        && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd");
+    static const Kind kind = best_kind();
+    return kind;
 #else
     return 0;
 #endif
 }
 
-// c [num_rows, num_columns] = a [num_rows, depth] b [depth, num_columns], or c += a b. Strides are in elements; rows of a
-// and of c are contiguous, and b is in either order.
+// c [num_rows, num_columns] = a [num_rows, depth] b [depth, num_columns], or c += a b. Strides are in elements; each of a
+// and b is contiguous along its rows or its columns, c along its rows. Where a flag says so, a and c are float32; a c in
+// bfloat16 is rounded once, so it takes no `add` and no depth above grpoforge_bfloat16_product_depth().
 void grpoforge_bfloat16_product(
-    const uint16_t* a, int64_t a_row, const uint16_t* b, int64_t b_row, int64_t b_column, int64_t num_rows,
-    int64_t num_columns, int64_t depth, float* c, int64_t c_row, int32_t add, int32_t num_threads) {
+    int32_t kind, const void* a, int32_t a_is_float32, int64_t a_row, int64_t a_column, const uint16_t* b, int64_t b_row,
+    int64_t b_column, int64_t num_rows, int64_t num_columns, int64_t depth, void* c, int32_t c_is_float32, int64_t c_row,
+    int32_t add, int32_t num_threads) {
 #ifdef HAS_PRODUCT
-#pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_threads > 1)
-    for (int64_t column = 0; column < num_columns; column += COLUMNS) {
-        const int64_t wide = num_columns - column < COLUMNS ? num_columns - column : COLUMNS;
-        strip(
-            {a, a_row, 1}, {b + column * b_column, b_row, b_column}, num_rows, wide, depth, c + column, c_row, add != 0);
+    const int64_t a_size = a_is_float32 ? 4 : 2;
+    for (int64_t k = 0; k < depth; k += MOST_DEPTH) {
+        const Matrix left = {static_cast<const char*>(a) + k * a_column * a_size, a_row, a_column, a_is_float32 != 0};
+        const Matrix right = {b + k * b_row, b_column, b_row, false};  // its lines are columns
+        const Result result = {c, c_row, c_is_float32 != 0, add != 0 || k > 0};
+        const int64_t deep = depth - k < MOST_DEPTH ? depth - k : MOST_DEPTH;
+        Product{static_cast<Kind>(kind), left, right, num_rows, num_columns, deep, result}.run(num_threads);
     }
+#endif
+}
+
+int64_t grpoforge_bfloat16_product_depth() {
+#ifdef HAS_PRODUCT
+    return MOST_DEPTH;
+#else
+    return 0;
 #endif
 }
 

@@ -48,9 +48,15 @@ class SequenceMask:
         self.kept: Literal["ratio", "one"] = kept
 
     def __call__(self, old_logprobs: Tensor, sampling_logprobs: Tensor, completion_mask: Tensor) -> Tensor:
-        ratio = log_ratio(old_logprobs, sampling_logprobs, completion_mask).sum(dim=1, keepdim=True).exp()
-        weight = inside(ratio, ratio if self.kept == "ratio" else torch.ones_like(ratio), self.low, self.high)
-        return weight.expand_as(old_logprobs)
+        difference = log_ratio(old_logprobs, sampling_logprobs, completion_mask)
+        return mask_sequences(difference, self.low, self.high, self.kept)
+
+
+def mask_sequences(difference: Tensor, low: float, high: float, kept: Literal["ratio", "one"]) -> Tensor:
+    """``exp`` of the sum of each row of ``difference [b, T]``, on all its tokens; 0 on those of a row out of bounds."""
+    ratio = difference.sum(dim=1, keepdim=True).exp()
+    weight = ratio if kept == "ratio" else torch.ones_like(ratio)
+    return inside(ratio, weight, low, high).expand_as(difference)
 
 
 class GeometricMask:

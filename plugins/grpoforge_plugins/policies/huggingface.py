@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ def load(model: ModelConfig) -> Policy:
     notes += _repair_generation_config(network)
     _check_vocabulary(network, tokenizer, model.name)
     if model.lora is not None:
-        network = _add_adapter(network, model)
+        network = add_adapter(network, model)
     if model.gradient_checkpointing:
         _checkpoint_gradients(network)
     return Policy(network, tokenizer, precision, notes=notes)
@@ -189,7 +190,12 @@ def _check_vocabulary(network: Any, tokenizer: Any, name: str) -> None:
         )
 
 
-def _add_adapter(network: Any, model: ModelConfig) -> Any:
+def add_adapter(network: Any, model: ModelConfig) -> Any:
+    """``network`` under the LoRA adapter that ``model.lora`` describes.
+
+    Raises:
+        ModelError: it is an adapter already.
+    """
     from peft import LoraConfig, get_peft_model
 
     assert model.lora is not None
@@ -205,7 +211,10 @@ def _add_adapter(network: Any, model: ModelConfig) -> Any:
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(network, adapter)
+    with warnings.catch_warnings():
+        # peft asks transformers for a name that it is about to rename.
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(network, adapter)
 
 
 def _checkpoint_gradients(network: Any) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from grpoforge.binding import bind
+from grpoforge.contracts import advantages_of
 from grpoforge.plugins import load_plugins
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -36,7 +37,7 @@ def test_golden(path: Path) -> None:
     case = read(path)
     component = load_plugins().registry.get("advantage", f"grpoforge:{case['component']}")
     data = {name: tensor(values) for name, values in case["inputs"].items()}
-    found = bind("advantage", component.build(case["options"]))(data)
+    found, _ = advantages_of(bind("advantage", component.build(case["options"])), data)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, tensor(case["advantages"]), rtol=1e-10, atol=1e-10)
 

@@ -15,6 +15,7 @@ from grpoforge.binding import bind
 from grpoforge.declarations import declared
 from grpoforge.errors import ConfigError
 from grpoforge_plugins.corrections.mask import GeometricMask, IcePop, SequenceMask, opsm
+from grpoforge_plugins.corrections.target import TargetSequenceMask, TargetTIS
 from grpoforge_plugins.corrections.truncate import TwoSidedTIS, tis, tis_sequence
 
 CORRECTIONS: dict[str, Callable[..., Tensor]] = {
@@ -28,13 +29,20 @@ CORRECTIONS: dict[str, Callable[..., Tensor]] = {
     "geometric_mask": GeometricMask(),
     "geometric_mask one": GeometricMask(kept="one"),
     "opsm": opsm,
+    "target_tis": TargetTIS(),
+    "target_sequence_mask": TargetSequenceMask(),
+    "target_sequence_mask one": TargetSequenceMask(kept="one"),
 }
+TO_TARGET = [name for name in CORRECTIONS if name.startswith("target")]
+"""They compare the old policy with itself at another temperature: what others call sampling is their old."""
 BOUNDS = {
     "tis": (0.0, 2.0),
     "tis_sequence": (0.0, 3.0),
     "tis_two_sided": (0.5, 5.0),
     "icepop": (0.5, 5.0),
     "sequence_mask": (0.0, 3.0),
+    "target_tis": (0.0, 2.0),
+    "target_sequence_mask": (0.0, 3.0),
 }
 """Of weights that are not 0."""
 everything = pytest.mark.parametrize("name", CORRECTIONS)
@@ -50,10 +58,14 @@ masks = st.lists(st.integers(0, TOKENS), min_size=ROWS, max_size=ROWS).map(
 
 def weigh(name: str, mask: Tensor, old: Tensor, sampling: Tensor, current: Tensor | None = None) -> Tensor:
     advantages = torch.tensor([[-1.0], [1.0], [-0.5]])[: len(old)].expand_as(old)
+    target = old
+    if name in TO_TARGET:
+        old = sampling
     data = {
         "logprobs": old if current is None else current,
         "old_logprobs": old,
         "sampling_logprobs": sampling,
+        "target_logprobs": target,
         "advantages": advantages,
         "completion_mask": mask,
     }
@@ -109,7 +121,7 @@ def test_rows_do_not_see_each_other(name: str) -> None:
     assert weigh(name, mask, old, sampling)[:1].equal(weigh(name, mask[:1], old[:1], sampling[:1]))
 
 
-@pytest.mark.parametrize("name", ["tis", "tis_sequence", "tis_two_sided"])
+@pytest.mark.parametrize("name", ["tis", "tis_sequence", "tis_two_sided", "target_tis"])
 def test_truncation_survives_an_overflowing_ratio(name: str) -> None:
     mask = torch.ones(1, TOKENS, dtype=torch.bool)
     weights = weigh(name, mask, torch.zeros(1, TOKENS), torch.full((1, TOKENS), -500.0))
@@ -147,7 +159,7 @@ def test_opsm_drops_only_what_is_bad_and_far() -> None:
     assert opsm(current, sampling, advantages, mask, delta=0.1)[:, 0].tolist() == [0.0, 1.0, 0.0, 1.0]
 
 
-@pytest.mark.parametrize("build", [TwoSidedTIS, IcePop, SequenceMask, GeometricMask])
+@pytest.mark.parametrize("build", [TwoSidedTIS, IcePop, SequenceMask, GeometricMask, TargetSequenceMask])
 def test_bounds_that_leave_nothing(build: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError) as caught:
         build(low=2.0, high=2.0)
@@ -168,3 +180,30 @@ def test_declares_what_a_weight_belongs_to() -> None:
         constant = bool((weights == weights[:, :1]).all())
         expected = "token" if name == "icepop one" else "sequence" if constant else "token"
         assert declared(correction, "level") == expected, name
+
+
+def test_to_a_target_by_hand() -> None:
+    """Two tokens of a coin with odds 3 to 1 at temperature 1: odds 9 to 1 at 1/2, sqrt 3 to 1 at 2."""
+    mask = torch.ones(1, 2, dtype=torch.bool)
+
+    def coin(odds: float) -> Tensor:
+        return torch.tensor([[odds / (1 + odds), 1 / (1 + odds)]], dtype=torch.float64).log()
+
+    cold, target, hot = coin(9.0), coin(3.0), coin(3.0**0.5)
+    assert TargetTIS()(target, cold, mask)[0].tolist() == pytest.approx([0.75 / 0.9, 2.0]), "0.25 / 0.1, cut"
+    rare = (1 + 3.0**0.5) / 4
+    assert TargetTIS()(target, hot, mask)[0].tolist() == pytest.approx([3.0**0.5 * rare, rare])
+    product = 0.75 * 0.25 / (0.9 * 0.1)
+    assert TargetSequenceMask()(target, cold, mask)[0].tolist() == pytest.approx([product] * 2)
+    assert TargetSequenceMask(high=2.0)(target, cold, mask)[0].tolist() == [0.0, 0.0]
+    assert TargetSequenceMask(kept="one")(target, cold, mask)[0].tolist() == [1.0, 1.0]
+
+
+def test_the_mean_weight_over_the_draws_of_a_row_is_1() -> None:
+    """``E_T[p_1 / p_T] = 1``: what is drawn at another temperature counts, on average, as once."""
+    logits = torch.tensor([0.3, -1.2, 0.8, 2.0], dtype=torch.float64)
+    target = logits.log_softmax(dim=0)[None]
+    for temperature in (0.7, 1.3):
+        own = (logits / temperature).log_softmax(dim=0)[None]
+        weights = TargetTIS(cap=1e9)(target, own, torch.ones(1, 4, dtype=torch.bool))
+        assert float((own.exp() * weights).sum()) == pytest.approx(1.0, abs=1e-14)
