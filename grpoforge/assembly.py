@@ -12,7 +12,7 @@ from transformers import get_scheduler
 from grpoforge.binding import bind
 from grpoforge.coefficients import AdaptiveEntropy, AdaptiveKL, Coefficient, Constant
 from grpoforge.config import Config, EntropyConfig, KLPart
-from grpoforge.data import PromptFormat, PromptSet, to_prompts
+from grpoforge.data import Example, PromptFormat, PromptSet, to_prompts
 from grpoforge.distributed import Workers
 from grpoforge.drawing import Drawing
 from grpoforge.engine import Algorithm, Engine
@@ -23,10 +23,11 @@ from grpoforge.objective import Objective, coupling_of
 from grpoforge.outcomes import default_k
 from grpoforge.parts import ChosenReward, Parts, bind_reward
 from grpoforge.plugins import PluginHost
-from grpoforge.policy import Policy
+from grpoforge.policy import Policy, Reader
 from grpoforge.run_dir import RunDir
 from grpoforge.seeds import mix
 from grpoforge.sources import Row
+from grpoforge.streaming import StreamedPrompts
 from grpoforge.tracking import RunInfo
 from grpoforge.trainer import Schedule, Trainer, failed
 from grpoforge.types import Loss, Sampler, StepReport
@@ -94,7 +95,9 @@ def check_trainable(policy: Policy, name: str) -> None:
         )
 
 
-def prompt_format(config: Config, policy: Policy, sampler: Sampler) -> PromptFormat:
+def prompt_format(
+    config: Config, policy: Policy | Reader, sampler: Sampler, examples: Sequence[Example] = ()
+) -> PromptFormat:
     """How rows become prompts, and the longest prompt that leaves room for a completion.
 
     A sampler that says how long its completions may be does so by an attribute ``max_completion_length``.
@@ -123,6 +126,9 @@ def prompt_format(config: Config, policy: Policy, sampler: Sampler) -> PromptFor
         max_length=limit,
         limit_origin=origin,
         on_long=data.long_prompts,
+        instruction=data.instruction,
+        few_shot=data.few_shot,
+        examples=tuple(examples),
     )
 
 
@@ -133,17 +139,19 @@ def make_evaluation(
     measured: tuple[Sequence[ChosenReward], str],
     rows: Sequence[Row],
     workers: Workers,
+    examples: Sequence[Example] = (),
 ) -> Evaluation:
     """What evaluation measures, on the problems of ``rows``.
 
     Args:
         measured: the rewards to score, and the name of the one that says what is right.
+        examples: worked examples, of which every prompt shows ``data.few_shot``.
 
     Raises:
         DataError: no prompt fits the model's context.
     """
     rewards, correctness = measured
-    prompts = to_prompts(rows, policy.tokenizer, prompt_format(config, policy, sampler))
+    prompts = to_prompts(rows, policy.tokenizer, prompt_format(config, policy, sampler, examples))
     return Evaluation(
         prompts=prompts,
         question=config.data.prompt,
@@ -265,14 +273,16 @@ def assemble(
     """
     check_trainable(policy, config.model.name)
     sampler = parts.sampler.build()
-    fmt = prompt_format(config, policy, sampler)
-    train = PromptSet(to_prompts(parts.train_rows, policy.tokenizer, fmt), config.seed)
-    evaluation = make_evaluation(config, policy, sampler, (parts.measured, parts.correctness), parts.eval_rows, workers)
-    algorithm = make_algorithm(config, parts, sampler, list(train.prompts[0].columns))
+    fmt = prompt_format(config, policy, sampler, parts.examples)
+    train, columns = training_prompts(parts, policy.tokenizer, fmt, config.seed)
+    measured = (parts.measured, parts.correctness)
+    evaluation = make_evaluation(config, policy, sampler, measured, parts.eval_rows, workers, parts.examples)
+    algorithm = make_algorithm(config, parts, sampler, columns)
     check_coupling(algorithm.objective.loss, config.loss.name, workers)
-    max_steps = num_steps(config, len(train))
+    num_train = len(train) if isinstance(train, PromptSet) else None
+    max_steps = num_steps(config, num_train or 0)
     engine = make_engine(config, algorithm, policy, workers, max_steps * config.updates_per_step)
-    info = run_info(config, parts, policy, run_dir, (len(train), len(evaluation.prompts)), (first_step, max_steps))
+    info = run_info(config, parts, policy, run_dir, (num_train, len(evaluation.prompts)), (first_step, max_steps))
     trackers = [chosen.build(info) for _, chosen in parts.trackers] if workers.is_main else []
     return Trainer(
         engine=engine,
@@ -289,10 +299,24 @@ def assemble(
             seed=config.seed,
         ),
         trackers=trackers,
-        components=named_components(algorithm, evaluation, trackers),
+        components={"prompts": train, **named_components(algorithm, evaluation, trackers)},
         run_dir=run_dir,
         step_finished=step_hook(host) if workers.is_main else lambda report: None,
     )
+
+
+def training_prompts(
+    parts: Parts, tokenizer: Any, fmt: PromptFormat, seed: int
+) -> tuple[PromptSet | StreamedPrompts, Sequence[str]]:
+    """Where the prompts of steps come from, and the columns of each.
+
+    Raises:
+        DataError: no prompt fits the model's context. A stream finds that out when it is read.
+    """
+    if parts.stream is not None:
+        return StreamedPrompts(parts.stream, tokenizer, fmt), parts.stream.columns
+    train = PromptSet(to_prompts(parts.train_rows, tokenizer, fmt), seed)
+    return train, list(train.prompts[0].columns)
 
 
 def named_components(algorithm: Algorithm, evaluation: Evaluation, trackers: Sequence[Any]) -> dict[str, Any]:
@@ -341,7 +365,7 @@ def step_hook(host: PluginHost) -> Callable[[StepReport], None]:
 
 
 def run_info(
-    config: Config, parts: Parts, policy: Policy, run_dir: RunDir, sizes: tuple[int, int], steps: tuple[int, int]
+    config: Config, parts: Parts, policy: Policy, run_dir: RunDir, sizes: tuple[int | None, int], steps: tuple[int, int]
 ) -> RunInfo:
     """What trackers are told about the run."""
     return RunInfo(

@@ -128,15 +128,23 @@ class DataConfig(Section):
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of a registered dataset."""
     eval_dataset: str | None = None
-    """File, folder or hub id of the evaluation problems; by default the dataset's own test split, or rows held out."""
+    """File, folder or hub id of the evaluation problems; by default a split of the dataset's own, or rows held out."""
     num_eval: Positive = 512
     """Problems to evaluate on."""
     prompt: str = "question"
     """Column that holds the prompt's text."""
+    answer: str | None = None
+    """Column that rewards read as ``answer``; by default the one of that name, if there is one."""
     rename: dict[str, str] = Field(default_factory=dict)
     """Columns to rename: old name to new name."""
     system_prompt: str | None = None
     """Text of the system message."""
+    instruction: str | None = None
+    """Text under every question, or around it where ``{prompt}`` stands in it."""
+    few_shot: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Worked examples before every question, drawn by seed from the training rows; never the question itself."""
+    solution: str | None = None
+    """Column with the worked solutions that examples show; by default ``solution``, or else ``answer``."""
     template: str = "Question: {prompt}\nAnswer:"
     """Plain template for models without a chat template."""
     max_prompt_length: Positive | None = None
@@ -145,6 +153,10 @@ class DataConfig(Section):
     """Leave out prompts over the limit with a warning, or stop at the first."""
     skip_bad_rows: bool = False
     """Leave out rows that cannot be used instead of stopping at the first."""
+    streaming: bool = False
+    """Read the training rows as they are needed instead of all at once; needs ``max_steps``."""
+    shuffle_buffer: Size = 10_000
+    """Rows of a stream that are held in memory and drawn from at random."""
 
     @field_validator("template")
     @classmethod

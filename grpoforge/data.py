@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -16,6 +17,16 @@ from grpoforge.sources import BadRow, Row
 from grpoforge.types import Prompt
 
 logger = logging.getLogger(__name__)
+
+SKIP_HINT = "correct the row, or leave bad rows out with `--set data.skip_bad_rows=true`"
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A worked problem that is shown before the one to solve."""
+
+    prompt: str
+    solution: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +44,34 @@ class PromptFormat:
     """What sets ``max_length``, as the end of a sentence: "the 512 that `data.max_prompt_length` allows"."""
     on_long: Literal["drop", "stop"]
     """What happens to a longer prompt."""
+    instruction: str | None = None
+    """Text under every question, or around it where ``{prompt}`` stands in it."""
+    few_shot: int = 0
+    """Examples shown before every question."""
+    examples: tuple[Example, ...] = ()
+    """One more than ``few_shot``, of different questions: a prompt shows the first that do not ask what it asks."""
+
+    def asked(self, text: str) -> str:
+        """What the user says: the question ``text`` and the instruction."""
+        if self.instruction is None:
+            return text
+        if "{prompt}" in self.instruction:
+            return self.instruction.replace("{prompt}", text)
+        return f"{text}\n{self.instruction}"
+
+    def shown_before(self, text: str) -> list[Example]:
+        """The examples that the question ``text`` is shown after."""
+        return [one for one in self.examples if same_question(one.prompt) != same_question(text)][: self.few_shot]
+
+
+class PromptSource(Protocol):
+    """Where the prompts of steps come from."""
+
+    def at_step(self, step: int, count: int) -> list[Prompt]:
+        """The ``count`` prompts of ``step``, counted from 0."""
+
+    def extra(self, step: int, draw: int, count: int) -> Sequence[Prompt]:
+        """At most ``count`` prompts for extra draw ``draw`` (from 1) of ``step``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +132,12 @@ def rename_columns(rows: Sequence[Row | BadRow], rename: Mapping[str, str], sour
                 f"`data.rename.{old}` is `{new}`, and column `{taken[0]}` of {source} has that name too",
                 f"choose another name for one of them: `--set data.rename.{taken[0]}=OTHER`",
             )
-    return [
-        row
-        if isinstance(row, BadRow)
-        else Row({rename.get(name, name): value for name, value in row.columns.items()}, row.origin)
-        for row in rows
-    ]
+    return [row if isinstance(row, BadRow) else renamed(row, rename) for row in rows]
+
+
+def renamed(row: Row, rename: Mapping[str, str]) -> Row:
+    """``row`` with its columns renamed."""
+    return Row({rename.get(name, name): value for name, value in row.columns.items()}, row.origin)
 
 
 def usable(rows: Sequence[Row | BadRow], required: Sequence[str], source: str, *, skip: bool) -> list[Row]:
@@ -108,19 +147,34 @@ def usable(rows: Sequence[Row | BadRow], required: Sequence[str], source: str, *
         DataError: no rows; a column that no row has; a bad row (named by line) unless ``skip``; no row left.
     """
     if not rows:
-        raise DataError(f"{source} is empty", "give a dataset with at least one row")
+        raise empty(source)
     columns = columns_of(rows)
-    for name in required:
-        if columns and name not in columns:
-            raise DataError(
-                f"{source} has no column `{name}`; it has: {', '.join(columns)}",
-                f"{suggest(name, columns)}; rename one with `--set data.rename.OLD={name}`",
-            )
-    reasons = [row.reason if isinstance(row, BadRow) else _fault(row, required) for row in rows]
+    if columns:
+        check_columns(columns, required, source)
+    reasons = [fault(row, required) for row in rows]
     bad = [(row.origin, reason) for row, reason in zip(rows, reasons, strict=True) if reason is not None]
     if bad:
         _report(bad, len(rows), source, skip=skip)
     return [row for row, reason in zip(rows, reasons, strict=True) if isinstance(row, Row) and reason is None]
+
+
+def empty(source: str) -> DataError:
+    """What is wrong with a source without rows."""
+    return DataError(f"{source} is empty", "give a dataset with at least one row")
+
+
+def check_columns(columns: Sequence[str], required: Sequence[str], source: str) -> None:
+    """Refuse rows with ``columns`` that lack a ``required`` one.
+
+    Raises:
+        DataError: names the column and what there is instead.
+    """
+    for name in required:
+        if name not in columns:
+            raise DataError(
+                f"{source} has no column `{name}`; it has: {', '.join(columns)}",
+                f"{suggest(name, columns)}; rename one with `--set data.rename.OLD={name}`",
+            )
 
 
 def _report(bad: Sequence[tuple[str, str]], num_rows: int, source: str, *, skip: bool) -> None:
@@ -128,17 +182,17 @@ def _report(bad: Sequence[tuple[str, str]], num_rows: int, source: str, *, skip:
     origin, reason = bad[0]
     if not skip:
         others = f" (and {len(bad) - 1} more of {num_rows} rows cannot be used)" if len(bad) > 1 else ""
-        raise DataError(
-            f"{origin}: {reason}{others}", "correct the row, or leave bad rows out with `--set data.skip_bad_rows=true`"
-        )
+        raise DataError(f"{origin}: {reason}{others}", SKIP_HINT)
     first = f"the first, {origin}: {reason}"
     if len(bad) == num_rows:
         raise DataError(f"none of the {num_rows} rows of {source} can be used; {first}", "correct the dataset")
     logger.warning("left out %d of %d rows of %s that cannot be used; %s", len(bad), num_rows, source, first)
 
 
-def _fault(row: Row, required: Sequence[str]) -> str | None:
-    """Why ``row`` cannot be used, if so: a required column without a value, a prompt that is no text."""
+def fault(row: Row | BadRow, required: Sequence[str]) -> str | None:
+    """Why ``row`` cannot be used, if so: unreadable, a required column without a value, a prompt that is no text."""
+    if isinstance(row, BadRow):
+        return row.reason
     for name in required:
         if row.columns.get(name) is None:
             return f"column `{name}` is missing"
@@ -164,17 +218,64 @@ def hold_out(rows: Sequence[Row], count: int, seed: int) -> tuple[list[Row], lis
     )
 
 
+def same_question(text: str) -> str:
+    """``text`` without what makes no other question of it: case, and how its words are spaced."""
+    return " ".join(text.casefold().split())
+
+
+def draw_examples(
+    rows: Iterable[Row], count: int, seed: int, *, prompt: str, solution: str, source: str
+) -> tuple[Example, ...]:
+    """``count + 1`` examples with different questions, in an order that ``seed`` decides; none when ``count`` is 0.
+
+    One more than is shown, so that every prompt finds ``count`` that are not itself. All prompts of a run are shown the
+    same ones, but for that: what they have in common need be computed once only.
+
+    Args:
+        prompt: column of the question.
+        solution: column of the worked solution; rows without one are no examples.
+
+    Raises:
+        DataError: there are too few.
+    """
+    if count == 0:
+        return ()
+    worked: dict[str, Example] = {}
+    for row in rows:
+        if row.columns.get(solution) is not None:
+            text = str(row.columns[prompt])
+            worked.setdefault(same_question(text), Example(text, str(row.columns[solution])))
+    if len(worked) <= count:
+        raise DataError(
+            f"`data.few_shot` is {count}, and {source} has {len(worked)} different questions with a `{solution}`: "
+            f"each needs {count} others",
+            f"use at most {max(len(worked) - 1, 0)}, or name the column of the worked solutions with "
+            "`--set data.solution=COLUMN`",
+        )
+    return tuple(random.Random(mix(seed, 5)).sample(list(worked.values()), count + 1))
+
+
 def render(tokenizer: Any, text: str, fmt: PromptFormat) -> str:
     """The prompt as the model sees it: the tokenizer's chat template, else the plain one.
+
+    Examples are earlier turns of the chat. In plain text each is the template, a space and the solution, and an empty
+    line parts it from what follows.
 
     Raises:
         DataError: the chat template fails on this prompt.
     """
     if not getattr(tokenizer, "chat_template", None):
-        opening = f"{fmt.system_prompt}\n" if fmt.system_prompt else ""
-        return opening + fmt.template.replace("{prompt}", text)
+        return _plain(text, fmt)
     system = [{"role": "system", "content": fmt.system_prompt}] if fmt.system_prompt else []
-    messages = [*system, {"role": "user", "content": text}]
+    turns = [
+        turn
+        for one in fmt.shown_before(text)
+        for turn in (
+            {"role": "user", "content": fmt.asked(one.prompt)},
+            {"role": "assistant", "content": one.solution},
+        )
+    ]
+    messages = [*system, *turns, {"role": "user", "content": fmt.asked(text)}]
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except Exception as failure:  # the boundary: a template is foreign code
@@ -184,9 +285,16 @@ def render(tokenizer: Any, text: str, fmt: PromptFormat) -> str:
         ) from None
 
 
-_LONG_HINT = (
-    "shorten the prompts, lower `sampler.max_completion_length`, or raise `data.max_prompt_length` if it is set"
-)
+def _plain(text: str, fmt: PromptFormat) -> str:
+    def asked(question: str) -> str:
+        return fmt.template.replace("{prompt}", fmt.asked(question))
+
+    opening = f"{fmt.system_prompt}\n" if fmt.system_prompt else ""
+    shown = [f"{asked(one.prompt)} {one.solution}\n\n" for one in fmt.shown_before(text)]
+    return opening + "".join(shown) + asked(text)
+
+
+LONG_HINT = "shorten the prompts, lower `sampler.max_completion_length`, or raise `data.max_prompt_length` if it is set"
 _DROP_HINT = "; `--set data.long_prompts=drop` leaves long prompts out"
 
 
@@ -203,12 +311,27 @@ def to_prompts(rows: Sequence[Row], tokenizer: Any, fmt: PromptFormat) -> tuple[
     Raises:
         DataError: a prompt is longer than the limit and ``fmt.on_long`` is ``stop``; every prompt is; one is empty.
     """
-    texts = [_render_row(tokenizer, row, fmt) for row in rows]
+    prompts, too_long = fit_prompts(list(enumerate(rows)), tokenizer, fmt)
+    if not prompts:
+        whole = f" ({len(too_long)} of {len(rows)} prompts are too long)" if len(too_long) > 1 else ""
+        raise DataError(too_long[0] + whole, LONG_HINT)
+    if too_long:
+        logger.warning("%s; left out %d of %d prompts", too_long[0], len(too_long), len(rows))
+    return tuple(prompts)
+
+
+def fit_prompts(rows: Sequence[tuple[int, Row]], tokenizer: Any, fmt: PromptFormat) -> tuple[list[Prompt], list[str]]:
+    """The prompts of numbered ``rows`` that keep to the limit, and what is wrong with each of the others.
+
+    Raises:
+        DataError: see `to_prompts`; that every prompt is too long is no error here unless ``fmt.on_long`` is ``stop``.
+    """
+    texts = [_render_row(tokenizer, row, fmt) for _, row in rows]
     # A chat template writes its own special tokens; the plain template leaves BOS to the tokenizer.
     special = not getattr(tokenizer, "chat_template", None)
     encoded = tokenizer(texts, add_special_tokens=special)["input_ids"]
     prompts, too_long = [], []
-    for index, (row, text, ids) in enumerate(zip(rows, texts, encoded, strict=True)):
+    for (index, row), text, ids in zip(rows, texts, encoded, strict=True):
         if not ids:
             raise DataError(f"{row.origin}: the prompt has no tokens", "check `data.template` and the tokenizer")
         if fmt.max_length is not None and len(ids) > fmt.max_length:
@@ -220,9 +343,7 @@ def to_prompts(rows: Sequence[Row], tokenizer: Any, fmt: PromptFormat) -> tuple[
             prompts.append(
                 Prompt(text=text, token_ids=tuple(ids), columns=dict(row.columns), index=index, origin=row.origin)
             )
-    if too_long and (fmt.on_long == "stop" or not prompts):
+    if too_long and fmt.on_long == "stop":
         whole = f" ({len(too_long)} of {len(rows)} prompts are too long)" if len(too_long) > 1 else ""
-        raise DataError(too_long[0] + whole, _LONG_HINT + ("" if not prompts else _DROP_HINT))
-    if too_long:
-        logger.warning("%s; left out %d of %d prompts", too_long[0], len(too_long), len(rows))
-    return tuple(prompts)
+        raise DataError(too_long[0] + whole, LONG_HINT + (_DROP_HINT if prompts else ""))
+    return prompts, too_long

@@ -10,6 +10,8 @@ A class states a fact as a class attribute, a function through `declares`. Known
     ``scales_by_std``    advantage: divides by the spread of the group, so that two completions keep no size of gap
     ``invariances``      advantage: those of ``shift``, ``scale``, ``group_sum`` that hold; see `grpoforge.testing`
     ``on_policy_gradient``  loss: whether its gradient at ratio 1 is ``-A`` times that of the log-prob; true by default
+    ``splits``           dataset: what it can be asked for, ``("train", "test")`` by default; one with ``validation`` is
+                         asked for that while training, and for ``test`` by ``grpoforge eval`` only
     ``unbiased``         KL estimator: its mean over the policy is the KL
     ``right_in_reward``  KL estimator: as a reward its policy gradient is that of the KL
     ``answer_of``        reward: the final answer that a completion states; see below

@@ -12,8 +12,8 @@ become a strict model from the signature: the annotation is the type, the defaul
 options as keyword-only parameters (for rules between options: raise ``GrpoforgeError`` there). Registered
 components are shown by ``grpoforge plugins``.
 
-Hooks are called before the first step (``register_*``, ``load_policy``, ``policy_size``) or between steps
-(``*_finished``); nothing in the arithmetic of a step goes through a hook.
+Hooks are called before the first step (``register_*``, ``load_policy``, ``load_reader``, ``policy_size``) or between
+steps (``*_finished``); nothing in the arithmetic of a step goes through a hook.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from grpoforge.config import ModelConfig
-    from grpoforge.policy import Policy, PolicySize
+    from grpoforge.policy import Policy, PolicySize, Reader
     from grpoforge.types import RunSummary, StepReport
 
 hookspec = pluggy.HookspecMarker("grpoforge")
@@ -136,7 +136,12 @@ def register_trackers(register: Register) -> None:
 
 @hookspec
 def register_datasets(register: Register) -> None:
-    """Add datasets: ``(split, *, <options>) -> list of rows``; a row is a dict of data for rewards."""
+    """Add datasets: ``(split, *, <options>) -> rows``; a row is a dict of data for rewards.
+
+    ``split`` is ``train`` or ``test``; also ``validation`` where the dataset declares it (`grpoforge.declarations`).
+    A generator is read row by row with ``data.streaming``. A row may be a `grpoforge.sources.Row`, which knows where
+    it stands, or a ``BadRow``, which says why it cannot be used. An option called ``path`` is a file or a folder.
+    """
 
 
 @hookspec(firstresult=True)
@@ -144,6 +149,15 @@ def load_policy(model: ModelConfig) -> Policy | None:
     """The policy for ``model``, or None for "not mine". Called once; the first plugin that answers decides.
 
     The built-in loader is ``trylast``, so a plugin that recognizes its own models comes before it.
+    """
+
+
+@hookspec(firstresult=True)
+def load_reader(model: ModelConfig) -> Reader | None:
+    """The tokenizer and context length of ``model`` without its weights, or None for "not mine".
+
+    Called by ``grpoforge data show``. A plugin that implements ``load_policy`` for models of its own implements this
+    too, or its prompts cannot be shown.
     """
 
 

@@ -287,7 +287,10 @@ def pin_paths(config: Config) -> Config:
     A model of the hub is pinned to the commit that was downloaded: its branch may move on.
     """
     named = {key: getattr(config.data, key) for key in ("dataset", "eval_dataset")}
-    data = {key: _absolute(name) for key, name in named.items() if name is not None and is_path(name)}
+    data: dict[str, Any] = {key: _absolute(name) for key, name in named.items() if name is not None and is_path(name)}
+    # An option of this name is a file or a folder, whatever the dataset.
+    if isinstance(file := config.data.options.get("path"), str):
+        data["options"] = {**config.data.options, "path": _absolute(file)}
     # A bare name may be an embedded model, whatever folder is called the same here.
     name, revision = config.model.name, config.model.revision
     is_folder = ("/" in name or name.startswith((".", "~"))) and Path(name).expanduser().is_dir()

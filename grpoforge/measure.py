@@ -14,16 +14,19 @@ from typing import Any
 
 from grpoforge import checkpoint
 from grpoforge.assembly import load_policy, make_evaluation
+from grpoforge.choice import Chosen, ChosenReward, choose
 from grpoforge.combinations import check_samples
 from grpoforge.comparison import Comparison, check_same_problems, compare
 from grpoforge.config import Config
+from grpoforge.data import Example
 from grpoforge.distributed import Workers, start_workers, stop_workers
 from grpoforge.errors import CheckpointError, ConfigError, DataError
 from grpoforge.evaluation import Evaluation
 from grpoforge.launch import load_host, read_run_config
 from grpoforge.outcomes import Attempt, Outcome, tally
-from grpoforge.parts import Chosen, ChosenReward, choose, choose_measured, load_eval_rows
+from grpoforge.parts import choose_measured
 from grpoforge.plugins import PluginHost
+from grpoforge.problems import load_eval_rows, load_examples
 from grpoforge.registry import Component
 from grpoforge.results_file import read_results
 from grpoforge.run_dir import RunDir
@@ -112,6 +115,7 @@ class Setting:
     correctness: str
     sampler: Chosen
     rows: Sequence[Row]
+    examples: Sequence[Example]
     workers: Workers
 
     def evaluation(self, config: Config) -> tuple[Evaluation, Any]:
@@ -124,7 +128,7 @@ class Setting:
         seed_everything(config.seed)
         policy = load_policy(config, self.host)
         measured = (self.rewards, self.correctness)
-        return make_evaluation(config, policy, sampler, measured, self.rows, self.workers), policy
+        return make_evaluation(config, policy, sampler, measured, self.rows, self.workers, self.examples), policy
 
 
 def measure(config: Config, other: Config | Path | None = None) -> Measurement | None:
@@ -142,11 +146,18 @@ def measure(config: Config, other: Config | Path | None = None) -> Measurement |
     sampler = choose("sampler", config.sampler, host, config.origins, ("sampler",))
     check_samples(config, sampler.build())
     rows = load_eval_rows(config, host, rewards)
+    examples = load_examples(config, host, rewards)
     stored = _read_stored(other, correctness.name) if isinstance(other, Path) else None
     workers = start_workers()
     try:
         setting = Setting(
-            host=host, rewards=rewards, correctness=correctness.name, sampler=sampler, rows=rows, workers=workers
+            host=host,
+            rewards=rewards,
+            correctness=correctness.name,
+            sampler=sampler,
+            rows=rows,
+            examples=examples,
+            workers=workers,
         )
         evaluation, policy = setting.evaluation(config)
         if stored is not None:

@@ -2,61 +2,42 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grpoforge.choice import NOWHERE, Chosen, ChosenReward, choose, with_options
 from grpoforge.combinations import check_together
-from grpoforge.config import Config, DataConfig, Origins, Part, RewardPart
-from grpoforge.data import columns_of, hold_out, rename_columns, usable
-from grpoforge.errors import ConfigError, DataError, GrpoforgeError, first_line, suggest
+from grpoforge.config import Config, Origins, Part, RewardPart
+from grpoforge.data import Example
+from grpoforge.errors import ConfigError, suggest
 from grpoforge.origins import from_option, from_origin
 from grpoforge.plugins import PluginHost
+from grpoforge.problems import load_eval_rows, load_problems, load_rows
 from grpoforge.registry import Component, Kind
 from grpoforge.scoring import BUILTIN_DATA, BoundReward
 from grpoforge.signature import show_path
-from grpoforge.sources import BadRow, Row, is_path, numbered, read_hub, read_path
+from grpoforge.sources import Row
+from grpoforge.streaming import RowStream
 
-logger = logging.getLogger(__name__)
-
-NOWHERE = Origins()
+__all__ = [
+    "TRL_DATA",
+    "Chosen",
+    "ChosenReward",
+    "Parts",
+    "bind_reward",
+    "choose",
+    "choose_measured",
+    "choose_rewards",
+    "load_eval_rows",
+    "load_rows",
+    "resolve",
+]
 
 TRL_DATA = ("prompts", "completions", "completion_ids")
 """What a TRL reward is given besides the dataset's columns."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chosen:
-    """A component and the options it was given."""
-
-    component: Component
-    options: Mapping[str, Any]
-
-    def build(self, *data: Any) -> Any:
-        """The component with its options bound."""
-        return self.component.build(self.options, *data)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChosenReward:
-    """A reward as chosen, under the name it has in metrics."""
-
-    name: str
-    chosen: Chosen
-    weight: float
-    gate: str | None
-
-    def describe(self) -> str:
-        """One line for people: ``brevity x0.1 (only where math is right)``."""
-        usual = self.chosen.component.gate
-        if self.gate:
-            gate = f" (only where {self.gate} is right)"
-        else:
-            gate = f" (not gated on {usual}: it pays for wrong answers too)" if usual else ""
-        return f"{self.name} x{self.weight:g}{gate}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +56,11 @@ class Parts:
     corrections: tuple[Chosen, ...]
     trackers: tuple[tuple[str, Chosen], ...]
     train_rows: tuple[Row, ...]
+    """None when they are a stream."""
+    stream: RowStream | None
     eval_rows: tuple[Row, ...]
+    examples: tuple[Example, ...]
+    """Worked examples, shown before every question."""
 
 
 def resolve(config: Config, host: PluginHost) -> Parts:
@@ -96,7 +81,7 @@ def resolve(config: Config, host: PluginHost) -> Parts:
     trackers = tuple(
         (part.name, choose("tracker", part, host, origins, ("trackers", part.name))) for part in config.trackers
     )
-    train_rows, eval_rows = load_rows(config, host, measured)
+    problems = load_problems(config, host, measured)
     return Parts(
         rewards=measured[: len(config.rewards)],
         measured=measured,
@@ -104,32 +89,15 @@ def resolve(config: Config, host: PluginHost) -> Parts:
         **parts,
         corrections=tuple(corrections),
         trackers=trackers,
-        train_rows=tuple(train_rows),
-        eval_rows=tuple(eval_rows),
+        train_rows=problems.train,
+        stream=problems.stream,
+        eval_rows=problems.held_out,
+        examples=problems.examples,
     )
 
 
 def _single_parts(config: Config) -> dict[Kind, Part]:
     return {"sampler": config.sampler, "advantage": config.advantage, "loss": config.loss, "kl": config.kl}
-
-
-def choose(kind: Kind, part: Part, host: PluginHost, origins: Origins = NOWHERE, path: Sequence[str] = ()) -> Chosen:
-    """The component that ``part`` names, its options validated.
-
-    Raises:
-        PluginError: a name that nobody, or more than one plugin, registers.
-        ConfigError: an option unknown, missing or of the wrong type. Both say where the value at the key ``path``
-            came from.
-    """
-    with from_origin(origins.of(*path, "name")):
-        component = host.registry.get(kind, part.name)
-    return _with_options(component, part.options, origins, path)
-
-
-def _with_options(component: Component, options: Mapping[str, Any], origins: Origins, path: Sequence[str]) -> Chosen:
-    with from_option(origins, path):
-        component.validate(options)
-    return Chosen(component, options)
 
 
 def _built(chosen: Chosen, origins: Origins, *path: str) -> Any:
@@ -171,7 +139,7 @@ def _choose_reward(part: RewardPart, host: PluginHost, origins: Origins) -> Chos
     if known.endswith(".py"):
         with from_origin(origins.of(*path, "name")):
             component = _of_file(known, last, host)
-        return _with_options(component, part.options, origins, path)
+        return with_options(component, part.options, origins, path)
     if host.registry.named(known, "reward") and not host.registry.named(part.name, "reward"):
         raise ConfigError(
             f"the weight in `{part.name}` is `{last}`, which is no number{origins.of(*path, 'name')}",
@@ -215,147 +183,6 @@ def choose_measured(config: Config, host: PluginHost) -> tuple[tuple[ChosenRewar
             return rewards, reward
     extra = ChosenReward(name=component.name, chosen=Chosen(component, {}), weight=0.0, gate=None)
     return (*rewards, extra), extra
-
-
-def load_rows(config: Config, host: PluginHost, rewards: Sequence[ChosenReward]) -> tuple[list[Row], list[Row]]:
-    """Rows to train on and rows to evaluate on, with every column that the prompt and the rewards need.
-
-    Raises:
-        DataError: see `grpoforge.data.usable`; too few rows to divide.
-    """
-    data = config.data
-    train = _usable(config, _read(data.dataset, config, host, "train"), rewards, data.dataset)
-    if _has_own_eval(data):
-        held_out = load_eval_rows(config, host, rewards)
-    else:
-        num_usable = len(train)
-        train, held_out = hold_out(train, data.num_eval, config.seed)
-        if not held_out:
-            raise DataError(
-                f"{data.dataset} has 1 usable row: too few to train and to evaluate on",
-                "give more rows, or another file with `--set data.eval_dataset=FILE`",
-            )
-        if len(held_out) < data.num_eval:
-            logger.info(
-                "holding out %d of the %d problems of %s for evaluation, at most half (`data.num_eval` is %d)",
-                len(held_out),
-                num_usable,
-                data.dataset,
-                data.num_eval,
-            )
-    _tell_oddities(train, config)
-    return train, held_out
-
-
-def _tell_oddities(train: Sequence[Row], config: Config) -> None:
-    """Warn of what works and may surprise."""
-    source, per_step = config.data.dataset, config.batch.prompts_per_step
-    if len(train) < per_step:
-        logger.warning(
-            "%s leaves %d to train on, fewer than the %d prompts of a step: problems repeat within a step",
-            source,
-            len(train),
-            per_step,
-        )
-    hidden = [name for name in columns_of(train) if name in BUILTIN_DATA]
-    if hidden:
-        logger.warning(
-            "%s has a column `%s`, which rewards cannot read: under that name they get the run's own data; "
-            "rename it with `--set data.rename.%s=NAME`",
-            source,
-            hidden[0],
-            hidden[0],
-        )
-
-
-def load_eval_rows(config: Config, host: PluginHost, rewards: Sequence[ChosenReward]) -> list[Row]:
-    """Rows to evaluate on: the named evaluation dataset, the dataset's own test split, or those training holds out.
-
-    Raises:
-        DataError: see `grpoforge.data.usable`.
-    """
-    data = config.data
-    if not _has_own_eval(data):
-        return load_rows(config, host, rewards)[1]
-    source = data.eval_dataset or data.dataset
-    return _usable(config, _read(source, config, host, "test"), rewards, source)[: data.num_eval]
-
-
-def _has_own_eval(data: DataConfig) -> bool:
-    return data.eval_dataset is not None or not _is_elsewhere(data.dataset)
-
-
-def _is_elsewhere(name: str) -> bool:
-    """True for files, folders and hub ids; False for registered datasets."""
-    return is_path(name) or "/" in name
-
-
-def _read(name: str, config: Config, host: PluginHost, split: str) -> list[Row | BadRow]:
-    # The options are those of the training dataset; another one that only evaluates takes none.
-    options = config.data.options if name == config.data.dataset else {}
-    origin = config.origins.of("data", "dataset" if name == config.data.dataset else "eval_dataset")
-    if _is_elsewhere(name):
-        _refuse_options(name, options, config.origins)
-        with from_origin(origin):
-            return read_path(name) if is_path(name) else read_hub(name, split, options.get("config"))
-    with from_origin(origin):
-        if os.path.isdir(name) and not host.registry.named(name, "dataset"):
-            raise DataError(f"unknown dataset `{name}`", f"the folder of that name is `./{name}`")
-        component = host.registry.get("dataset", name)
-    dataset = _with_options(component, options, config.origins, ("data", "options")).build()
-    return numbered(_call(component, dataset, split), f"{name}/{split}")
-
-
-def _refuse_options(name: str, options: Mapping[str, Any], origins: Origins) -> None:
-    """A file has no options, a hub dataset only its ``config``."""
-    known = () if is_path(name) else ("config",)
-    for option in options:
-        if option not in known:
-            kind = "file" if is_path(name) else "hub dataset"
-            raise ConfigError(
-                f"`data.options.{option}` is given{origins.of('data', 'options', option)}, and the {kind} {name} takes "
-                f"{'no options' if not known else 'only `config`'}",
-                "leave it out; options are for registered datasets, see `grpoforge plugins list --kind dataset`",
-            )
-
-
-def _call(component: Component, dataset: Any, split: str) -> Sequence[Mapping[str, Any]]:
-    try:
-        return list(dataset(split))
-    except GrpoforgeError:
-        raise
-    except Exception as failure:  # the boundary: a dataset is foreign code
-        raise DataError(
-            f"dataset `{component.id}` raised {type(failure).__name__}: {first_line(failure)}",
-            f"it is written in {component.source}",
-        ) from failure
-
-
-def _usable(config: Config, rows: list[Row | BadRow], rewards: Sequence[ChosenReward], source: str) -> list[Row]:
-    renamed = rename_columns(rows, config.data.rename, source)
-    required = [config.data.prompt]
-    for number, reward in enumerate(rewards):
-        only_evaluates = number >= len(config.rewards)
-        where = f" (`eval.reward`{config.origins.of('eval', 'reward')})" if only_evaluates else ""
-        remedy = "choose another `eval.reward`" if only_evaluates else "choose other rewards"
-        required += _required_columns(reward, columns_of(renamed), source, where, remedy)
-    return usable(renamed, list(dict.fromkeys(required)), source, skip=config.data.skip_bad_rows)
-
-
-def _required_columns(
-    reward: ChosenReward, columns: Sequence[str], source: str, where: str, remedy: str
-) -> Sequence[str]:
-    """Every column that ``reward`` cannot do without; ``columns`` are those of ``source``, if it has rows at all."""
-    component = reward.chosen.component
-    needed = [one.name for one in component.data if one.required and one.name not in BUILTIN_DATA]
-    for name in needed:
-        if columns and name not in columns:
-            raise DataError(
-                f"reward `{component.id}`{where} reads the dataset column `{name}`, which {source} does not have; "
-                f"it has: {', '.join(columns)}",
-                f"rename a column with `--set data.rename.OLD={name}`, or {remedy}",
-            )
-    return needed
 
 
 def bind_reward(reward: ChosenReward, columns: Sequence[str]) -> BoundReward:

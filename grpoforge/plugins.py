@@ -43,7 +43,7 @@ REGISTER_HOOKS: Mapping[str, Kind] = {
     "register_trackers": "tracker",
     "register_datasets": "dataset",
 }
-HOOKS = (*REGISTER_HOOKS, "load_policy", "policy_size", "step_finished", "run_finished")
+HOOKS = (*REGISTER_HOOKS, "load_policy", "load_reader", "policy_size", "step_finished", "run_finished")
 
 LOCAL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 

@@ -29,6 +29,17 @@ class Reference(Protocol):
     def distributions(self, batch: Batch) -> tuple[TokenLogprobs, Tensor]: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """What a policy reads with: its tokenizer, and how far it reads. No weights."""
+
+    tokenizer: Any
+    context_length: int | None
+    """Positions the model was made for; None when its configuration does not say."""
+    notes: tuple[str, ...] = ()
+    """What a person should know: ``no chat template: plain prompt template``."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicySize:
     """What a policy will hold, known from its configuration alone; bytes per token are those of all layers together."""

@@ -6,14 +6,18 @@ Every row keeps its origin (``train.jsonl:17``), so that a bad one can be named.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from grpoforge.errors import DataError, first_line, suggest
+
+ROWS_AT_A_TIME = 1000
+"""Rows of a Parquet file that are decoded together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,21 +45,30 @@ def is_path(name: str) -> bool:
     return looks_local or os.path.isfile(name) or ("/" in name and os.path.exists(name))
 
 
-def read_path(name: str) -> list[Row | BadRow]:
-    """The rows of a ``.jsonl`` or ``.parquet`` file, or of a folder saved by ``datasets``.
+def read_path(name: str, split: str = "train") -> list[Row | BadRow]:
+    """The rows of a ``.jsonl`` or ``.parquet`` file, or of ``split`` of a folder saved by ``datasets``.
 
     Raises:
         DataError: missing, unreadable, or of a kind that is not known.
+    """
+    return list(iterate_path(name, split))
+
+
+def iterate_path(name: str, split: str = "train") -> Iterator[Row | BadRow]:
+    """What `read_path` returns, read as it is asked for; a ``.json`` file that is one array is read whole.
+
+    Raises:
+        DataError: see `read_path`; what makes a file unreadable may come to light in the middle.
     """
     path = Path(os.path.expanduser(name))
     if not os.path.exists(path):
         raise DataError(f"there is no dataset at {name}", _nearest_file(path))
     if path.is_dir():
-        return _from_datasets_folder(path)
+        return _from_datasets_folder(path, split)
     if path.suffix == ".parquet":
         return _from_parquet(path)
     if path.suffix in (".jsonl", ".json"):
-        return _from_json(path)
+        return iter(_from_array(path)) if is_array(path) else _from_lines(path)
     raise DataError(f"cannot tell what {name} holds", "give a .jsonl or .parquet file, or a folder saved by `datasets`")
 
 
@@ -64,20 +77,42 @@ def _nearest_file(path: Path) -> str:
     return f"its folder: {suggest(path.name, neighbors)}" if neighbors else "check the path (`--dataset FILE`)"
 
 
-def _from_json(path: Path) -> list[Row | BadRow]:
-    """One object per line, or a file that is one array of objects."""
+def is_array(path: Path) -> bool:
+    """True for a ``.json`` file that is one array of objects, not one object per line.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if path.suffix != ".json":
+        return False
+    with _readable(path) as file:
+        return file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+
+
+def _from_array(path: Path) -> list[Row | BadRow]:
+    with _readable(path) as file:
+        value = _parse_json(file.read().removeprefix(codecs.BOM_UTF8))
+    if isinstance(value, list):
+        return numbered(value, path.name)
+    raise DataError(f"{path} is no JSON array: {value}", "correct the file, or write one object per line")
+
+
+def _from_lines(path: Path) -> Iterator[Row | BadRow]:
+    """One object per line. Only a newline ends a line: U+2028 may stand inside a JSON string."""
+    with _readable(path) as file:
+        for number, line in enumerate(file, start=1):
+            content = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).removesuffix(b"\n")
+            if content.strip():
+                yield _json_row(content, f"{path.name}:{number}")
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[BinaryIO]:
     try:
-        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        with path.open("rb") as file:
+            yield file
     except OSError as failure:
         raise DataError(f"cannot read {path}: {failure.strerror}", "check the file's permissions") from None
-    if path.suffix == ".json" and content.lstrip()[:1] == b"[":
-        value = _parse_json(content)
-        if isinstance(value, list):
-            return numbered(value, path.name)
-        raise DataError(f"{path} is no JSON array: {value}", "correct the file, or write one object per line")
-    # Split on newlines only: str.splitlines would also split inside a JSON string at U+2028.
-    lines = enumerate(content.split(b"\n"), start=1)
-    return [_json_row(line, f"{path.name}:{number}") for number, line in lines if line.strip()]
 
 
 def _json_row(line: bytes, origin: str) -> Row | BadRow:
@@ -128,17 +163,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _from_parquet(path: Path) -> list[Row | BadRow]:
+def _from_parquet(path: Path) -> Iterator[Row | BadRow]:
     from pyarrow import ArrowException, parquet
 
     try:
-        rows = parquet.read_table(path).to_pylist()
+        with parquet.ParquetFile(path) as file:
+            batches = file.iter_batches(batch_size=ROWS_AT_A_TIME)
+            yield from number_rows((row for batch in batches for row in batch.to_pylist()), path.name)
     except (ArrowException, OSError) as failure:
         raise DataError(f"cannot read {path}: {first_line(failure)}", "give a Parquet file") from None
-    return numbered(rows, path.name)
 
 
-def _from_datasets_folder(path: Path) -> list[Row | BadRow]:
+def _from_datasets_folder(path: Path, split: str) -> Iterator[Row | BadRow]:
     from datasets import DatasetDict, load_from_disk
 
     try:
@@ -148,9 +184,14 @@ def _from_datasets_folder(path: Path) -> list[Row | BadRow]:
             f"cannot read the dataset folder {path}: {first_line(failure)}",
             "give a folder written by `Dataset.save_to_disk`, or a .jsonl or .parquet file",
         ) from None
-    if isinstance(loaded, DatasetDict):
-        loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
-    return numbered(loaded, path.name)
+    splits = dict(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}
+    # Rows to train on may have any name; what is asked for to evaluate on is never anything else.
+    if split not in splits and split != "train":
+        raise DataError(
+            f"the dataset folder {path} has no split `{split}`; it has: {', '.join(splits)}",
+            "give a folder written by `DatasetDict.save_to_disk` that has one",
+        )
+    return number_rows(splits.get(split, next(iter(splits.values()))), path.name)
 
 
 def read_hub(name: str, split: str, config: str | None = None) -> list[Row | BadRow]:
@@ -159,10 +200,20 @@ def read_hub(name: str, split: str, config: str | None = None) -> list[Row | Bad
     Raises:
         DataError: it cannot be had (no network, no such dataset or split).
     """
+    return list(iterate_hub(name, split, config, streaming=False))
+
+
+def iterate_hub(name: str, split: str, config: str | None = None, *, streaming: bool = True) -> Iterator[Row | BadRow]:
+    """What `read_hub` returns; with ``streaming`` nothing is downloaded before it is asked for.
+
+    Raises:
+        DataError: see `read_hub`.
+    """
     from datasets import load_dataset
 
     try:
-        return numbered(load_dataset(name, config, split=split), f"{name}/{split}")
+        rows = load_dataset(name, config, split=split, streaming=streaming)
+        yield from number_rows(rows, f"{name}/{split}")
     except Exception as failure:  # the boundary: the hub client raises whatever its transports raise
         raise DataError(
             f"cannot load the dataset `{name}` (split {split}): {first_line(failure)}",
@@ -170,11 +221,17 @@ def read_hub(name: str, split: str, config: str | None = None) -> list[Row | Bad
         ) from None
 
 
-def numbered(rows: Iterable[Mapping[str, Any]] | Sequence[Any], name: str) -> list[Row | BadRow]:
-    """Rows with ``name:number`` as their origin, counted from 1."""
-    return [
-        Row(row, f"{name}:{number}")
-        if isinstance(row, Mapping)
-        else BadRow(f"{name}:{number}", f"a {type(row).__name__}, not columns")
-        for number, row in enumerate(rows, start=1)
-    ]
+def numbered(rows: Iterable[Any], name: str) -> list[Row | BadRow]:
+    """Rows with ``name:number`` as their origin, counted from 1; what has an origin already keeps it."""
+    return list(number_rows(rows, name))
+
+
+def number_rows(rows: Iterable[Any], name: str) -> Iterator[Row | BadRow]:
+    """What `numbered` returns, one by one."""
+    for number, row in enumerate(rows, start=1):
+        if isinstance(row, Row | BadRow):
+            yield row
+        elif isinstance(row, Mapping):
+            yield Row(row, f"{name}:{number}")
+        else:
+            yield BadRow(f"{name}:{number}", f"a {type(row).__name__}, not columns")

@@ -13,7 +13,7 @@ from grpoforge.sanitize import sanitize
 if TYPE_CHECKING:
     from grpoforge.types import Prompt, StepReport
 
-__all__ = ["RunInfo", "rollout_rows", "sample_question", "sample_row"]
+__all__ = ["RunInfo", "columns_json", "rollout_rows", "sample_question", "sample_row"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +24,8 @@ class RunInfo:
     model: str
     num_parameters: int
     dataset: str
-    num_train: int
-    """Rows of the training split."""
+    num_train: int | None
+    """Rows of the training split; None when they are a stream."""
     num_eval: int
     """Rows of the evaluation split; 0 when there is none."""
     rewards: tuple[str, ...]
@@ -82,7 +82,7 @@ def _row(report: StepReport, prompt: int, completion: int) -> dict[str, Any]:
         "step": report.step,
         "prompt_index": asked.index,
         "origin": sanitize(asked.origin),
-        "columns": _columns(asked),
+        "columns": columns_json(asked),
         "prompt": sanitize(asked.text),
         "completion": sanitize(answered.text),
         "completion_ids": list(answered.token_ids),
@@ -94,7 +94,7 @@ def _row(report: StepReport, prompt: int, completion: int) -> dict[str, Any]:
     }
 
 
-def _columns(prompt: Prompt) -> str:
+def columns_json(prompt: Prompt) -> str:
     """The dataset's row as JSON, in ASCII: what would act on a terminal is escaped and comes back when it is read."""
     try:
         text = json.dumps(dict(prompt.columns), default=str, allow_nan=False)

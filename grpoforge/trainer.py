@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from grpoforge.data import PromptSet
+from grpoforge.data import PromptSource
 from grpoforge.engine import Engine
 from grpoforge.errors import CheckpointError, ConfigError, Interrupted, RunFailed, suggest
 from grpoforge.evaluation import Evaluation
@@ -57,7 +57,7 @@ class Trainer:
         self,
         *,
         engine: Engine,
-        train: PromptSet,
+        train: PromptSource,
         evaluation: Evaluation,
         schedule: Schedule,
         trackers: Sequence[Tracker],

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# Before anything imports the client of the hub: no test waits for a network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any

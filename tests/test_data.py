@@ -11,7 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpoforge.data import PromptFormat, PromptSet, hold_out, rename_columns, render, to_prompts, usable
+from grpoforge.data import (
+    Example,
+    PromptFormat,
+    PromptSet,
+    draw_examples,
+    hold_out,
+    rename_columns,
+    render,
+    same_question,
+    to_prompts,
+    usable,
+)
 from grpoforge.errors import DataError
 from grpoforge.seeds import mix
 from grpoforge.sources import BadRow, Row
@@ -223,3 +234,80 @@ def test_seeds_are_mixed_into_unrelated_ones() -> None:
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert mix(1, 2) != mix(2, 1)
     assert mix(0) == mix(0)
+
+
+def test_an_instruction_under_the_question_or_around_it() -> None:
+    assert render(WordTokenizer(), "1+1?", fmt(instruction="Think.")) == "Q: 1+1?\nThink. A:"
+    around = fmt(instruction="Solve: {prompt} Think.")
+    assert render(WordTokenizer(), "{prompt}", around) == "Q: Solve: {prompt} Think. A:"
+    assert render(WordTokenizer("chat"), "1+1?", fmt(instruction="Think.")) == "<user> 1+1?\nThink. <assistant>"
+
+
+EXAMPLES = (Example("one?", "1"), Example("two?", "2"), Example("three?", "3"))
+
+
+def test_examples_are_earlier_turns_of_the_chat() -> None:
+    shown = fmt(system_prompt="S", instruction="I", few_shot=2, examples=EXAMPLES)
+    assert render(WordTokenizer("chat"), "new?", shown) == (
+        "<system> S <user> one?\nI <assistant> 1 <user> two?\nI <assistant> 2 <user> new?\nI <assistant>"
+    )
+
+
+def test_examples_in_plain_text_are_parted_by_an_empty_line() -> None:
+    shown = fmt(system_prompt="S", few_shot=2, examples=EXAMPLES)
+    assert render(WordTokenizer(), "new?", shown) == "S\nQ: one? A: 1\n\nQ: two? A: 2\n\nQ: new? A:"
+
+
+@pytest.mark.parametrize("text", ["one?", "  ONE?\n"])
+def test_a_question_is_never_its_own_example(text: str) -> None:
+    shown = render(WordTokenizer(), text, fmt(few_shot=2, examples=EXAMPLES))
+    assert shown == f"Q: two? A: 2\n\nQ: three? A: 3\n\nQ: {text} A:"
+
+
+def worked(*questions: str) -> list[Row]:
+    return [Row({"q": text, "s": f"solution of {' '.join(text.split())}"}, "f:1") for text in questions]
+
+
+def draw(rows: Sequence[Row], count: int, seed: int = 0) -> tuple[Example, ...]:
+    return draw_examples(rows, count, seed, prompt="q", solution="s", source="f")
+
+
+@given(
+    questions=st.lists(st.sampled_from(["a", "A ", "b", "c  d", "c d", "e", "f"]), min_size=1, max_size=12),
+    count=st.integers(1, 3),
+    seed=st.integers(0, 5),
+)
+def test_no_prompt_ever_shows_its_own_solution(questions: list[str], count: int, seed: int) -> None:
+    """Whatever repeats: each prompt shows `count` examples, and none asks what it asks."""
+    rows = worked(*questions)
+    if len({same_question(text) for text in questions}) <= count:
+        with pytest.raises(DataError):
+            draw(rows, count, seed)
+        return
+    shown = fmt(column="q", few_shot=count, examples=draw(rows, count, seed))
+    for row in rows:
+        examples = shown.shown_before(row.columns["q"])
+        assert len(examples) == count
+        assert same_question(row.columns["q"]) not in {same_question(one.prompt) for one in examples}
+        assert all(one.solution == f"solution of {' '.join(one.prompt.split())}" for one in examples)
+
+
+def test_the_seed_draws_the_examples() -> None:
+    rows = worked(*map(str, range(50)))
+    assert draw(rows, 3) == draw(rows, 3)
+    assert draw(rows, 3) != draw(rows, 3, seed=1)
+    assert draw(rows, 0) == ()
+
+
+def test_too_few_examples() -> None:
+    rows = [*worked("a", "b", "B"), Row({"q": "c", "s": None}, "f:4")]
+    assert refusal(draw, rows, 2) == (
+        "`data.few_shot` is 2, and f has 2 different questions with a `s`: each needs 2 others",
+        "use at most 1, or name the column of the worked solutions with `--set data.solution=COLUMN`",
+    )
+
+
+def test_examples_count_in_the_length_of_a_prompt(warnings: pytest.LogCaptureFixture) -> None:
+    shown = fmt(few_shot=2, examples=EXAMPLES, instruction="Think hard.", max_length=14)
+    # Three questions of "Q: x? A:" (3 words), three instructions of 2, two solutions of 1: 17 words.
+    assert refusal(to_prompts, rows("new?"), WordTokenizer(), shown)[0].startswith("f:1: the prompt has 17 tokens")

@@ -56,9 +56,15 @@ def plan_lines(config: Config, parts: Parts) -> list[str]:
         *_extra_lines(config),
         *([f"dialect       {dialect}"] if dialect else []),
         f"objective     {make_objective(config, parts)[1]}",
-        f"data          {len(parts.train_rows)} problems to train on, {len(parts.eval_rows)} to evaluate on",
+        f"data          {_num_train(parts)} to train on, {len(parts.eval_rows)} to evaluate on",
         "files         run.json metrics.jsonl tensorboard/ rollouts/ checkpoints/",
     ]
+
+
+def _num_train(parts: Parts) -> str:
+    if parts.stream is None:
+        return f"{len(parts.train_rows)} problems"
+    return f"a stream of problems, shuffled in a buffer of {parts.stream.buffer},"
 
 
 def _extra_lines(config: Config) -> list[str]:

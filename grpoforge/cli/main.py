@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from grpoforge import __version__
-from grpoforge.cli import plugins_command, recipes_command
+from grpoforge.cli import data_command, plugins_command, recipes_command
 from grpoforge.cli.bench_command import bench
 from grpoforge.cli.eval_command import evaluate
 from grpoforge.cli.lab_command import lab
@@ -19,6 +20,9 @@ from grpoforge.cli.train_command import train
 
 if TYPE_CHECKING:
     from grpoforge.errors import GrpoforgeError
+
+SETTING = re.compile(r"[A-Za-z_][\w.-]*=")
+"""How a setting begins that follows another one."""
 
 # What the parser raises for a flag or an argument; typer exports it under no name of its own.
 UsageError: Any = typer.BadParameter.__base__
@@ -33,6 +37,7 @@ app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("bench")(bench)
 app.command("lab")(lab)
+app.add_typer(data_command.app, name="data")
 app.add_typer(plugins_command.app, name="plugins")
 app.add_typer(recipes_command.app, name="recipes")
 
@@ -59,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     _log_to_stderr()
     try:
-        given = sys.argv[1:] if arguments is None else list(arguments)
+        given = _spread_settings(sys.argv[1:] if arguments is None else list(arguments))
         code = app(args=_complete_resume(given) or ["--help"], prog_name="grpoforge", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except (GrpoforgeError, KernelError) as error:
@@ -118,6 +123,20 @@ def _complete_resume(arguments: list[str]) -> list[str]:
         if argument == "--resume" and following.startswith("-"):
             completed.append("latest")
     return completed
+
+
+def _spread_settings(arguments: list[str]) -> list[str]:
+    """``--set a.b=1 c.d=2`` means ``--set a.b=1 --set c.d=2``."""
+    spread: list[str] = []
+    is_setting = False
+    for index, argument in enumerate(arguments):
+        is_value = index > 0 and arguments[index - 1] in ("--set", "-s")
+        if is_setting and not is_value and SETTING.match(argument):
+            spread.append("--set")
+        else:
+            is_setting = is_value
+        spread.append(argument)
+    return spread
 
 
 class _Talk(logging.Handler):

@@ -19,7 +19,7 @@ Rewards = Annotated[
     ),
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change any key; repeatable.")
+    list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change any key; several may follow.")
 ]
 PluginFiles = Annotated[
     list[Path] | None, typer.Option("--plugin", metavar="PATH", help="Load this plugin file; repeatable.")

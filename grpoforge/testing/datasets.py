@@ -1,13 +1,15 @@
-"""What a dataset promises: rows with text keys, the same every time, and a test split of its own."""
+"""What a dataset promises: rows with text keys, the same every time, and splits that share no row."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from grpoforge.sources import BadRow, Row
 from grpoforge.testing.general import deterministic, quick, travels
 from grpoforge.testing.kit import Broken, NotApplicable, Refused, Rule, Subject, foreign, rule
 
@@ -16,38 +18,44 @@ Rows = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSubject(Subject):
-    """A dataset, asked for its two splits."""
+    """A dataset, asked for its splits."""
 
     seconds: ClassVar[float] = 60.0
 
     def question(self) -> tuple[str, ...]:
-        return ("train", "test")
+        return tuple(self.declared("splits", ("train", "test")))
 
     def answer(self, built: Any, question: Sequence[str]) -> list[list[Mapping[str, Any]]]:
-        splits = []
-        for split in question:
-            with foreign():
-                splits.append(list(built(split)))
-        return splits
-
-    def splits(self) -> tuple[Rows, Rows]:
-        """Rows to train and to test on.
+        """The rows of each split.
 
         Raises:
             NotApplicable: the dataset says that it cannot be had here: no network, no file.
         """
-        try:
-            train, test = self.ask()
-        except Refused as refusal:
-            raise NotApplicable(str(refusal)) from refusal
-        return train, test
+        splits = []
+        for split in question:
+            try:
+                with foreign():
+                    splits.append([_columns_of(row, split, number) for number, row in enumerate(built(split))])
+            except Refused as refusal:
+                raise NotApplicable(str(refusal)) from refusal
+        return splits
+
+    def splits(self) -> dict[str, Rows]:
+        """The rows of every split, by its name."""
+        return dict(zip(self.question(), self.ask(), strict=True))
 
 
-@rule("return a list of dicts, with column names as keys, for `train` and for `test`", decisive=True)
+def _columns_of(row: Any, split: str, number: int) -> Any:
+    if isinstance(row, BadRow):
+        raise Broken(f"`{split}` row {number} ({row.origin}) cannot be used: {row.reason}")
+    return row.columns if isinstance(row, Row) else row
+
+
+@rule("return a list of dicts, with column names as keys, for `train` and for every other split", decisive=True)
 def returns(subject: DatasetSubject) -> str:
-    """Both splits have rows, and a row is a dict whose keys are text."""
+    """Every split has rows, and a row is a dict whose keys are text."""
     sizes = []
-    for split, rows in zip(subject.question(), subject.splits(), strict=True):
+    for split, rows in subject.splits().items():
         if not rows:
             raise Broken(f"`{split}` has no rows")
         for number, row in enumerate(rows):
@@ -59,27 +67,29 @@ def returns(subject: DatasetSubject) -> str:
 
 @rule("give every row every column; where there is no value, None says so")
 def columns(subject: DatasetSubject) -> str:
-    """Every row of both splits has the same columns, and one of them is text to ask."""
-    train, test = subject.splits()
-    expected = set(train[0])
-    for split, rows in (("train", train), ("test", test)):
+    """Every row of every split has the same columns, and one of them is text to ask."""
+    splits = subject.splits()
+    first = splits["train"][0]
+    for split, rows in splits.items():
         for number, row in enumerate(rows):
-            if set(row) != expected:
-                raise Broken(f"`{split}` row {number} has {sorted(row)}, row 0 of `train` {sorted(expected)}")
-    if not any(isinstance(value, str) and value.strip() for value in train[0].values()):
+            if set(row) != set(first):
+                raise Broken(f"`{split}` row {number} has {sorted(row)}, row 0 of `train` {sorted(first)}")
+    if not any(isinstance(value, str) and value.strip() for value in first.values()):
         raise Broken("no column of the first row is text")
-    return ", ".join(sorted(expected))
+    return ", ".join(sorted(first))
 
 
 @rule("make the splits from different material, or divide one list by its index")
 def splits_apart(subject: DatasetSubject) -> str:
-    """No row of `test` is in `train`: what is measured was not trained on."""
-    train, test = subject.splits()
-    seen = {_key(row) for row in train}
-    both = sum(_key(row) in seen for row in test)
-    if both:
-        raise Broken(f"{both} of {len(test)} rows of `test` are in `train` too")
-    repeats = sum(count - 1 for count in Counter(map(_key, train)).values())
+    """No row of a split is in another one: what is measured was not trained on."""
+    splits = {split: [_key(row) for row in rows] for split, rows in subject.splits().items()}
+    for earlier, later in itertools.combinations(splits, 2):
+        seen = set(splits[earlier])
+        both = sum(key in seen for key in splits[later])
+        if both:
+            raise Broken(f"{both} of {len(splits[later])} rows of `{later}` are in `{earlier}` too")
+    train = splits["train"]
+    repeats = sum(count - 1 for count in Counter(train).values())
     return f"nothing in common; {repeats} of {len(train)} rows of `train` repeat another"
 
 
@@ -87,4 +97,4 @@ def _key(row: Mapping[str, Any]) -> str:
     return json.dumps(dict(row), sort_keys=True, default=repr)
 
 
-RULES: tuple[Rule[DatasetSubject], ...] = (returns, columns, deterministic, splits_apart, travels, quick)
+RULES: tuple[Rule[DatasetSubject], ...] = (travels, returns, columns, deterministic, splits_apart, quick)

@@ -87,7 +87,7 @@ class Rule(Generic[S]):
     hint: str
     check: Check[S]
     decisive: bool
-    """When it is broken, no later rule can be asked."""
+    """When it is broken or cannot be asked, no later rule can be."""
 
     def examine(self, subject: S) -> Finding:
         """What comes of the rule for ``subject``."""
@@ -116,15 +116,16 @@ def rule(hint: str, *, decisive: bool = False) -> Callable[[Check[S]], Rule[S]]:
 def examine(rules: Sequence[Rule[S]], subject: S) -> Report:
     """The findings of ``rules``, in their order, for ``subject``. Global random states are as before afterwards."""
     findings: list[Finding] = []
-    stopped_by = ""
+    reason = ""
     with torch.random.fork_rng(devices=[]):
         for one in rules:
-            if stopped_by:
-                findings.append(one.finding("not applicable", f"cannot be asked while `{stopped_by}` is broken"))
+            if reason:
+                findings.append(one.finding("not applicable", reason))
                 continue
-            findings.append(one.examine(subject))
-            if one.decisive and findings[-1].status == "failed":
-                stopped_by = one.name
+            found = one.examine(subject)
+            findings.append(found)
+            if one.decisive and found.status != "passed":
+                reason = f"cannot be asked while `{one.name}` is broken" if found.status == "failed" else found.detail
     component = subject.component
     return Report(kind=component.kind, component=component.id, source=component.source, findings=tuple(findings))
 

@@ -13,6 +13,7 @@ from grpoforge_plugins.advantages.pass_at_k import PassAtK
 from grpoforge_plugins.corrections.mask import GeometricMask, IcePop, SequenceMask, opsm
 from grpoforge_plugins.corrections.target import TargetSequenceMask, TargetTIS
 from grpoforge_plugins.corrections.truncate import TwoSidedTIS, tis, tis_sequence
+from grpoforge_plugins.datasets.gsm8k import gsm8k
 from grpoforge_plugins.datasets.tiny_math import tiny_math as tiny_math_problems
 from grpoforge_plugins.kl.corrected import k1_corrected, k3_corrected
 from grpoforge_plugins.kl.full import full, full_forward
@@ -46,7 +47,7 @@ from grpoforge_plugins.trackers.tensorboard import TensorBoard
 
 if TYPE_CHECKING:
     from grpoforge.config import ModelConfig
-    from grpoforge.policy import Policy, PolicySize
+    from grpoforge.policy import Policy, PolicySize, Reader
 
 
 @hookimpl
@@ -143,12 +144,19 @@ def register_trackers(register: Any) -> None:
 @hookimpl
 def register_datasets(register: Any) -> None:
     register("tiny-math", tiny_math_problems)
+    register("gsm8k", gsm8k)
 
 
 @hookimpl(trylast=True)
 def load_policy(model: ModelConfig) -> Policy:
     """Any Hugging Face folder or hub id, and the embedded ``tiny-math``; asked last, after every other plugin."""
     return huggingface.load(_embedded(model))
+
+
+@hookimpl(trylast=True)
+def load_reader(model: ModelConfig) -> Reader:
+    """The tokenizer and the context of what `load_policy` loads."""
+    return huggingface.load_reader(_embedded(model))
 
 
 @hookimpl(trylast=True)

@@ -13,7 +13,7 @@ import torch
 
 from grpoforge.distributed import local_device
 from grpoforge.errors import ModelError, first_line
-from grpoforge.policy import Policy
+from grpoforge.policy import Policy, Reader
 from grpoforge.precision import Precision
 
 if TYPE_CHECKING:
@@ -28,13 +28,7 @@ def load(model: ModelConfig) -> Policy:
     Raises:
         ModelError: the folder is missing, holds no model or no tokenizer, or the hub cannot be reached.
     """
-    folder = Path(model.name).expanduser()
-    if folder.is_dir():
-        _check_folder(folder)
-    elif model.name.startswith((".", "/", "~")) or model.name.count("/") != 1:
-        raise ModelError(
-            f"there is no model folder {model.name}", "give a folder with config.json and *.safetensors, or a hub id"
-        )
+    folder = _folder(model)
     _quiet()
     device = local_device()
     precision = choose_precision(model, device)
@@ -47,6 +41,37 @@ def load(model: ModelConfig) -> Policy:
     if model.gradient_checkpointing:
         _checkpoint_gradients(network)
     return Policy(network, tokenizer, precision, notes=notes)
+
+
+def load_reader(model: ModelConfig) -> Reader:
+    """The tokenizer of the model that ``model.name`` names, and its context length; no weights are read.
+
+    Raises:
+        ModelError: see `load`.
+    """
+    from transformers import AutoConfig
+
+    folder = _folder(model)
+    _quiet()
+    source = str(folder) if folder.is_dir() else model.name
+    tokenizer, notes = load_tokenizer(source, model.revision)
+    try:
+        config = AutoConfig.from_pretrained(source, revision=model.revision, trust_remote_code=False)
+    except Exception as failure:  # the boundary: what a damaged file raises, nobody documents
+        raise ModelError(f"cannot load the model {model.name}: {first_line(failure)}", _remedy(source)) from None
+    return Reader(tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None), tuple(notes))
+
+
+def _folder(model: ModelConfig) -> Path:
+    """The path of the model folder that ``model.name`` means; of a hub id one that is not there."""
+    folder = Path(model.name).expanduser()
+    if folder.is_dir():
+        _check_folder(folder)
+    elif model.name.startswith((".", "/", "~")) or model.name.count("/") != 1:
+        raise ModelError(
+            f"there is no model folder {model.name}", "give a folder with config.json and *.safetensors, or a hub id"
+        )
+    return folder
 
 
 def choose_precision(model: ModelConfig, device: torch.device) -> Precision:

@@ -63,7 +63,8 @@ def header_rows(run: RunInfo) -> list[tuple[str, str]]:
 
 def _sizes(run: RunInfo) -> str:
     evaluated = f"{run.num_eval:,} to evaluate" if run.num_eval else "no evaluation"
-    return f"{run.num_train:,} prompts to train on, {evaluated}"
+    train = "a stream of" if run.num_train is None else f"{run.num_train:,}"
+    return f"{train} prompts to train on, {evaluated}"
 
 
 def _steps(run: RunInfo) -> str:
