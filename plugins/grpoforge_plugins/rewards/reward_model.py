@@ -24,16 +24,16 @@ DECIMALS = 4
 
 
 def check_source(model: str) -> str:
-    """``model``, or a ModelError where it names a folder that is not there or has no weights that can be loaded."""
+    """``model``, or a ConfigError where it names a folder that is not there or has no weights that can be loaded."""
     folder = Path(model).expanduser()
     if not folder.is_dir():
         if model.startswith((".", "/", "~")) or model.count("/") != 1:
-            raise ModelError(
+            raise ConfigError(
                 f"option `model` of the reward is `{model}`, and there is no such folder",
                 "give a folder with a sequence classifier, or a hub id `owner/name`",
             )
     elif not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-        raise ModelError(
+        raise ConfigError(
             f"option `model` of the reward is `{model}`, a folder without config.json and *.safetensors",
             "give a folder saved by `save_pretrained`; pickled weights (.bin, .pt) can run code and are never loaded",
         )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from grpoforge.errors import ConfigError, GrpoforgeError, ModelError
+from grpoforge.errors import ConfigError, GrpoforgeError
 from grpoforge.registry import make_component
 from grpoforge_plugins.rewards.reward_model import RewardModel
 
@@ -162,7 +162,7 @@ def test_tokenizer_without_a_pad_token(tmp_path: Path, save_classifier: Callable
 @pytest.mark.parametrize("name", ["./missing", "/nowhere/at/all", "missing", "~/missing"])
 def test_unknown_folder_is_told_when_options_are_checked(name: str) -> None:
     component = make_component("reward", "reward_model", "grpoforge", RewardModel)
-    with pytest.raises(ModelError) as caught:
+    with pytest.raises(ConfigError) as caught:
         component.validate({"model": name})
     assert caught.value.message == f"option `model` of the reward is `{name}`, and there is no such folder"
     assert caught.value.hint == "give a folder with a sequence classifier, or a hub id `owner/name`"
