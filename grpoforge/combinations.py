@@ -56,7 +56,7 @@ def _check_group(config: Config, advantage: Any) -> None:
     if group == 2 and declared(advantage, "scales_by_std", False):
         logger.warning(
             "with 2 completions per prompt advantage `%s` keeps only the sign of their gap in reward, not its size; "
-            "`group_mean`, `batch_std` and `leave_one_out` keep it",
+            "`paired`, `group_mean`, `batch_std` and `leave_one_out` keep it",
             name,
         )
 

@@ -182,7 +182,7 @@ def test_two_completions_and_a_spread_keep_only_a_sign(caplog: pytest.LogCapture
     check({"batch": {"completions_per_prompt": 2, "minibatch_size": 2}}, advantage=scaled)
     assert caplog.messages == [
         "with 2 completions per prompt advantage `group` keeps only the sign of their gap in reward, not its size; "
-        "`group_mean`, `batch_std` and `leave_one_out` keep it"
+        "`paired`, `group_mean`, `batch_std` and `leave_one_out` keep it"
     ]
     caplog.clear()
     check({"batch": {"completions_per_prompt": 4}}, advantage=scaled)

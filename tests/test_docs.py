@@ -134,6 +134,8 @@ RUN = {
 
 
 EVERYTHING = {
+    "sampler": {"name": "paired", "num_sample_pairs": 2},
+    "advantage": {"name": "paired"},
     "kl": {"target": 0.1},
     "corrections": [{"name": "tis"}],
     "entropy": {"target": 0.5},
@@ -172,6 +174,7 @@ def test_the_metrics_page_describes_the_metrics_of_a_run_and_no_others(run: Path
     ]
     names = {name for line in lines for name in line} - {"step", "kind"}
     written = {re.sub("rewards/[^/]+/", "rewards/{name}/", name).replace("mean@2", "mean@{K}") for name in names}
+    written = {re.sub("reward_T/[^/]+/", "reward_T/{temperature}/", name) for name in written}
     assert written == described("Metrics", "Rollouts")
 
 

@@ -138,6 +138,23 @@ def test_the_figures_in_the_guide_are_those_that_were_measured() -> None:
         assert run["accuracy_after"] > run["accuracy_before"]
 
 
+def test_the_figures_of_paired_sampling_in_the_guide_are_those_that_were_measured() -> None:
+    """And within five points of plain GRPO, seed by seed, after as many completions."""
+    page = (ROOT / "docs/guides/paired.md").read_text(encoding="utf-8")
+    measured = json.loads((ROOT / "benchmarks/results/paired-2026-11-28.json").read_text())
+    assert measured["completions"] == 4608 and "4,608" in page
+    accuracy = {
+        kind: [measured["runs"][f"{kind}-{seed}"]["accuracy"] for seed in range(3)] for kind in ("grpo", "paired")
+    }
+    for kind, found in accuracy.items():
+        assert f"| {kind} | {' | '.join(f'{one:.1f}%' for one in found)} | {sum(found) / 3:.1f}% |" in page
+    assert all(ours >= theirs - 5 for ours, theirs in zip(accuracy["paired"], accuracy["grpo"], strict=True))
+    every_gap = json.loads((ROOT / "benchmarks/results/paired-every-gap-2026-11-28.json").read_text())["runs"][
+        "paired-0"
+    ]
+    assert f"accuracy is {every_gap['accuracy']:.1f}% and mean length {every_gap['length']:.1f}" in page
+
+
 def test_the_parity_table_in_the_guide_is_the_one_that_was_measured() -> None:
     page = (ROOT / "docs/guides/algorithms.md").read_text(encoding="utf-8")
     results = max((ROOT / "benchmarks/results").glob("parity-trl-*.json"))

@@ -269,7 +269,7 @@ def test_a_correction_without_options_and_a_second_one(cli: Callable[..., Any]) 
 
 SIGN = (
     "warning: with 2 completions per prompt advantage `group` keeps only the sign of their gap in reward, not its "
-    "size; `group_mean`, `batch_std` and `leave_one_out` keep it\n"
+    "size; `paired`, `group_mean`, `batch_std` and `leave_one_out` keep it\n"
 )
 
 
