@@ -256,14 +256,15 @@ class Engine:
         """Add the gradient of one micro-batch; returns its part of the loss."""
         objective = self.algorithm.objective
         if objective.needs_distributions:
-            assert self.reference is not None
-            current, distribution = self.policy.distributions(batch)
-            with torch.no_grad():
-                _, ref_distribution = self.reference.distributions(batch)
-            distributions = {"distribution": distribution, "ref_distribution": ref_distribution}
-            loss = objective(batch, frozen, weights, current, update, distributions)
-            loss.backward()  # type: ignore[no-untyped-call]
-            return float(loss.detach())
+
+            def on_distributions(current: TokenLogprobs, distribution: Tensor) -> Tensor:
+                assert self.reference is not None
+                with torch.no_grad():
+                    _, ref_distribution = self.reference.distributions(batch)
+                distributions = {"distribution": distribution, "ref_distribution": ref_distribution}
+                return objective(batch, frozen, weights, current, update, distributions)
+
+            return self.policy.backward_distributions(batch, on_distributions)
 
         def on_rows(rows: slice, current: TokenLogprobs) -> Tensor:
             return objective(batch.rows(rows), frozen.rows(rows), weights[rows], current, update)

@@ -16,8 +16,9 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from grpoforge.collate import split
 from grpoforge.errors import CheckpointError
-from grpoforge.logprobs import CausalForward, OnRows
+from grpoforge.logprobs import CausalForward, OnDistributions, OnRows
 from grpoforge.precision import Precision
+from grpoforge.shared_prefix import SharedPrefixMode
 from grpoforge.types import Batch, TokenLogprobs
 
 
@@ -40,6 +41,14 @@ class Policy:
         self.version = 0
         disable_dropout(model)
         self.forward = CausalForward(model, precision)
+
+    def share_prefix(self, mode: SharedPrefixMode) -> str:
+        """Choose whether batches are packed with each prompt once; returns why this model is not, else nothing.
+
+        The reference of a later `freeze` does as the policy does.
+        """
+        self.forward = CausalForward(self.model, self.precision, mode)
+        return "" if mode == "off" else self.forward.prefix.obstacle()
 
     @property
     def device(self) -> torch.device:
@@ -77,6 +86,10 @@ class Policy:
         """Add the gradient of ``on_rows`` over the rows of ``batch`` to the parameters; returns its value."""
         return self.forward.backward(batch, on_rows)
 
+    def backward_distributions(self, batch: Batch, on_distributions: OnDistributions) -> float:
+        """As `backward`, for an objective that reads `distributions`."""
+        return self.forward.backward_distributions(batch, on_distributions)
+
     @torch.no_grad()
     def frozen_logprobs(self, batch: Batch, micro_batch_size: int) -> TokenLogprobs:
         """`logprobs` of all rows without gradient, ``micro_batch_size`` rows at a time."""
@@ -87,7 +100,7 @@ class Policy:
         if hasattr(self.model, "disable_adapter"):
             return AdapterDisabled(self)
         model = copy.deepcopy(self.model).requires_grad_(False).eval()
-        return FrozenCopy(CausalForward(model, self.precision))
+        return FrozenCopy(CausalForward(model, self.precision, self.forward.prefix.mode))
 
     def save(self, folder: Path) -> None:
         """Write an ordinary Hugging Face folder: safetensors weights (or adapter), configuration, tokenizer."""
