@@ -6,6 +6,7 @@ objective = sum(weights * per token), weights fixed once per optimizer step     
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,8 @@ class Frozen:
     """``[B]`` float64; 0 for unscored rows."""
     weights: Tensor
     """``[B, T]``: factor on each token's policy loss, 1 or 0 (the high-entropy-token mask)."""
+    pending: tuple[str, ...] = ()
+    """Which of ``old`` and ``reference`` are the policy of the update's own forward pass; they mean nothing before."""
 
     def rows(self, index: Tensor | slice) -> Frozen:
         """The rows at ``index``, in that order."""
@@ -40,7 +43,12 @@ class Frozen:
             reference=self.reference[index],
             advantages=self.advantages[index],
             weights=self.weights[index],
+            pending=self.pending,
         )
+
+    def settled(self, current: Tensor) -> Frozen:
+        """With what was pending: log-probs ``[B, T]`` of the policy, which has not moved, without gradient."""
+        return dataclasses.replace(self, pending=(), **dict.fromkeys(self.pending, current))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,6 +25,11 @@ from grpoforge.types import Batch, TokenLogprobs
 class Reference(Protocol):
     """The frozen reference policy."""
 
+    @property
+    def version(self) -> int | None:
+        """The version at which the policy has exactly its weights; None when no version is known to have them."""
+        ...
+
     def logprobs(self, batch: Batch) -> TokenLogprobs: ...
 
     def distributions(self, batch: Batch) -> tuple[TokenLogprobs, Tensor]: ...
@@ -100,7 +105,7 @@ class Policy:
         if hasattr(self.model, "disable_adapter"):
             return AdapterDisabled(self)
         model = copy.deepcopy(self.model).requires_grad_(False).eval()
-        return FrozenCopy(CausalForward(model, self.precision, self.forward.prefix.mode))
+        return FrozenCopy(CausalForward(model, self.precision, self.forward.prefix.mode), self.version)
 
     def save(self, folder: Path) -> None:
         """Write an ordinary Hugging Face folder: safetensors weights (or adapter), configuration, tokenizer."""
@@ -164,6 +169,7 @@ class FrozenCopy:
     """A copy of the model that never changes."""
 
     forward: CausalForward
+    version: int
 
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> TokenLogprobs:
@@ -179,6 +185,8 @@ class AdapterDisabled:
     """The base model under a LoRA adapter: a reference that costs no memory."""
 
     policy: Policy
+    version: None = None
+    """An adapter need not begin at its base: one that was loaded does not."""
 
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> TokenLogprobs:
