@@ -35,7 +35,7 @@ from grpoforge.metrics import (
 )
 from grpoforge.objective import Frozen, Objective, Update, sampled_kl
 from grpoforge.old_logprobs import OldLogprobs
-from grpoforge.policy import Policy, Reference, micro_batched
+from grpoforge.policy import FrozenCopy, Policy, Reference, micro_batched
 from grpoforge.reduction import ReductionName, count, token_weights
 from grpoforge.scoring import ledger
 from grpoforge.seeds import mix
@@ -185,8 +185,9 @@ class Engine:
 
     @property
     def reference_is_policy(self) -> bool:
-        """True without a reference, and while the policy has not moved away from it."""
-        return self.reference is None or self.reference.version == self.policy.version
+        """True without a reference, and while the policy has not moved away from the copy that is its reference."""
+        reference = self.reference
+        return reference is None or (isinstance(reference, FrozenCopy) and reference.equals(self.policy))
 
     def reference_logprobs(self, batch: Batch, old: Tensor) -> Tensor:
         """What the reference says of the whole batch, given what the policy says."""

@@ -24,16 +24,22 @@ class Rectangle:
     rows: int
     width: int
 
+    @property
+    def is_full(self) -> bool:
+        """True when no cell is without a token: then the tokens are the cells."""
+        return len(self.cells) == self.rows * self.width
+
     def spread(self, tokens: Tensor) -> Tensor:
         """``tokens [n, h, ...]`` to ``[rows, h, width, ...]``, 0 in cells without a token."""
-        cells = tokens.new_zeros((self.rows * self.width, *tokens.shape[1:]))
-        cells.index_copy_(0, self.cells, tokens)
-        return cells.view(self.rows, self.width, *tokens.shape[1:]).transpose(1, 2)
+        if not self.is_full:
+            cells = tokens.new_zeros((self.rows * self.width, *tokens.shape[1:]))
+            tokens = cells.index_copy_(0, self.cells, tokens)
+        return tokens.reshape(self.rows, self.width, *tokens.shape[1:]).transpose(1, 2)
 
     def collect(self, cells: Tensor) -> Tensor:
         """``cells [rows, h, width, ...]`` back to ``[n, h, ...]``."""
-        rows = cells.transpose(1, 2)
-        return rows.reshape(self.rows * self.width, *rows.shape[2:]).index_select(0, self.cells)
+        tokens = cells.transpose(1, 2).flatten(0, 1)
+        return tokens if self.is_full else tokens.index_select(0, self.cells)
 
     def is_padding(self) -> Tensor:
         """``[rows, width]`` bool: cells without a token."""

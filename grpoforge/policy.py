@@ -25,11 +25,6 @@ from grpoforge.types import Batch, TokenLogprobs
 class Reference(Protocol):
     """The frozen reference policy."""
 
-    @property
-    def version(self) -> int | None:
-        """The version at which the policy has exactly its weights; None when no version is known to have them."""
-        ...
-
     def logprobs(self, batch: Batch) -> TokenLogprobs: ...
 
     def distributions(self, batch: Batch) -> tuple[TokenLogprobs, Tensor]: ...
@@ -105,7 +100,8 @@ class Policy:
         if hasattr(self.model, "disable_adapter"):
             return AdapterDisabled(self)
         model = copy.deepcopy(self.model).requires_grad_(False).eval()
-        return FrozenCopy(CausalForward(model, self.precision, self.forward.prefix.mode), self.version)
+        forward = CausalForward(model, self.precision, self.forward.prefix.mode)
+        return FrozenCopy(forward, original=self, version=self.version)
 
     def save(self, folder: Path) -> None:
         """Write an ordinary Hugging Face folder: safetensors weights (or adapter), configuration, tokenizer."""
@@ -169,7 +165,13 @@ class FrozenCopy:
     """A copy of the model that never changes."""
 
     forward: CausalForward
+    original: Policy
     version: int
+    """Of the policy when it was copied."""
+
+    def equals(self, policy: Policy) -> bool:
+        """True while ``policy`` is the one that was copied and has not moved since."""
+        return policy is self.original and policy.version == self.version
 
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> TokenLogprobs:
@@ -185,8 +187,6 @@ class AdapterDisabled:
     """The base model under a LoRA adapter: a reference that costs no memory."""
 
     policy: Policy
-    version: None = None
-    """An adapter need not begin at its base: one that was loaded does not."""
 
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> TokenLogprobs:

@@ -153,7 +153,7 @@ class _PrefixAttention(torch.autograd.Function):
         return whole[0]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, output, logsumexp = ctx.saved_tensors
         packed: Packed = ctx.packed
         split = packed.num_prompt_tokens
@@ -189,13 +189,14 @@ def _keys(key: Tensor, value: Tensor, packed: Packed, heads: int) -> tuple[Keys,
 
 def _summed(grad: Tensor, key: Tensor) -> Tensor:
     """``[b, h, s, d]`` to ``[b, k, s, d]``: the gradient of heads that were repeated."""
-    return grad.unflatten(1, (key.shape[1], -1)).sum(dim=2)
+    rows, heads, *rest = grad.shape
+    return grad.reshape(rows, key.shape[1], heads // key.shape[1], *rest).sum(dim=2)
 
 
 def _bias(packed: Packed, like: Tensor) -> Tensor | None:
     """``[P, 1, 1, L]``: 0 on prompt tokens, minus infinity on padding; None where there is none."""
     prompts = packed.prompts
-    if len(prompts.cells) == prompts.rows * prompts.width:
+    if prompts.is_full:
         return None
     bias = torch.zeros(prompts.rows, prompts.width, dtype=like.dtype, device=like.device)
     return bias.masked_fill_(prompts.is_padding(), -torch.inf)[:, None, None, :]
@@ -204,5 +205,5 @@ def _bias(packed: Packed, like: Tensor) -> Tensor | None:
 def _merge(one: Result, other: Result) -> Result:
     """Attention to both sets of keys, of tokens ``[n, h, d]`` with logsumexp ``[n, h]``."""
     logsumexp = torch.logaddexp(one[1], other[1])
-    parts = (output * (part - logsumexp).exp()[..., None].to(output.dtype) for output, part in (one, other))
-    return sum(parts), logsumexp  # type: ignore[return-value]
+    first, second = (output * (part - logsumexp).exp()[..., None].to(output.dtype) for output, part in (one, other))
+    return first + second, logsumexp

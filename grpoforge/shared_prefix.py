@@ -101,8 +101,8 @@ def _attention(
     if torch.is_autocast_enabled(query.device.type):
         narrow = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(narrow), key.to(narrow), value.to(narrow)
-    tokens = (one[0].transpose(0, 1) for one in (query, key, value))
-    return prefix_attention(*tokens, shared_prefix, scale=scale, softcap=softcap)[None], None
+    query, key, value = (one[0].transpose(0, 1) for one in (query, key, value))
+    return prefix_attention(query, key, value, shared_prefix, scale=scale, softcap=softcap)[None], None
 
 
 AttentionInterface.register(NAME, _attention)
