@@ -4,7 +4,8 @@
 
 Rollouts are made up: random prompts and completions of the lengths that the case names, on a model with the weights or
 the shape that the case names. All variants see the same ones and take turns in one process, which gives the medians;
-peak memory, above weights, gradients and optimizer state, comes from a process of its own for each variant.
+peak memory, above weights, gradients and optimizer state, comes from a process of its own for each variant. Both wall
+and processor time are kept: on a machine that other programs share, the second says more.
 
 - `ours`: the defaults: packed rows, and old log-probs from wherever they are known.
 - `shared`: packed rows, old log-probs by a pass of the policy.
@@ -39,6 +40,21 @@ ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("GRPOFORGE_SHARED", ROOT / "shared"))
 
 
+Seconds = tuple[float, float]
+"""Wall and processor time."""
+
+
+def now() -> Seconds:
+    """Wall and processor time so far."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(start: Seconds, skipped: Seconds = (0.0, 0.0)) -> Seconds:
+    """What has passed since ``start``, without what was ``skipped``."""
+    end = now()
+    return end[0] - start[0] - skipped[0], end[1] - start[1] - skipped[1]
+
+
 @dataclass(frozen=True)
 class Case:
     """The shape of a step."""
@@ -54,15 +70,16 @@ class Case:
     micro: int
 
 
+QWEN = {
+    "vocab_size": 151_936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+}
 SHAPES: dict[str, dict[str, int]] = {
-    "qwen2.5-0.5b": {
-        "vocab_size": 151_936,
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-    },
+    "qwen2.5-0.5b": QWEN | {"num_hidden_layers": 24},
+    "qwen2.5-0.5b, 6 layers": QWEN | {"num_hidden_layers": 6},
     "small": {
         "vocab_size": 8192,
         "hidden_size": 256,
@@ -77,6 +94,7 @@ CASES: dict[str, Case] = {
     "tiny-math": Case("tiny-math", 24, 8, (40, 80), (20, 64), 96, 96),
     "stories260K": Case("stories260K", 8, 8, (40, 90), (64, 64), 64, 64),
     "qwen2.5-0.5b": Case("qwen2.5-0.5b", 1, 8, (256, 256), (32, 32), 8, 8),
+    "qwen2.5-0.5b, 6 layers": Case("qwen2.5-0.5b, 6 layers", 1, 8, (256, 256), (32, 32), 8, 8),
     **{
         f"small L={length} G={group}": Case("small", 1, group, (length, length), (64, 64), group, group)
         for length in (64, 256, 1024)
@@ -141,13 +159,13 @@ class Given:
 
     def __init__(self, rollouts: Any) -> None:
         self.rollouts = rollouts
-        self.seconds = 0.0
+        self.seconds: Seconds = (0.0, 0.0)
 
     def sample(self, policy: Any, prompts: Any, group_size: int, seed: int) -> Any:
         """The rollouts; the time is kept to be subtracted."""
         from grpoforge.collate import collate
 
-        start = time.perf_counter()
+        start = now()
         batch = collate(self.rollouts, pad_token_id=0)
         found = policy.frozen_logprobs(batch, 8).logprobs
         rows = iter(values[kept].tolist() for values, kept in zip(found, batch.completion_mask, strict=True))
@@ -155,7 +173,7 @@ class Given:
             tuple(replace(one, logprobs=tuple(next(rows)), policy_version=policy.version) for one in group)
             for group in self.rollouts.completions
         )
-        self.seconds = time.perf_counter() - start
+        self.seconds = since(start)
         return replace(self.rollouts, completions=drawn)
 
     def sync(self, policy: Any) -> None:
@@ -167,7 +185,7 @@ def alternate(completions: Any) -> list[float]:
     return [float(row % 2) for row in range(len(completions))]
 
 
-def ours(case: Case, options: dict[str, str]) -> Callable[[], float]:
+def ours(case: Case, options: dict[str, str]) -> Callable[[], Seconds]:
     """One step of grpoforge on given rollouts; gives its seconds without drawing."""
     from grpoforge.assembly import make_algorithm, make_engine
     from grpoforge.distributed import Workers
@@ -196,15 +214,15 @@ def ours(case: Case, options: dict[str, str]) -> Callable[[], float]:
     algorithm = replace(algorithm, drawing=replace(algorithm.drawing, rewards=[reward]))
     engine = make_engine(config, algorithm, policy, Workers(), 10_000)
 
-    def step() -> float:
-        start = time.perf_counter()
+    def step() -> Seconds:
+        start = now()
         engine.step(rollouts.prompts, step=1, seed=0)
-        return time.perf_counter() - start - sampler.seconds
+        return since(start, sampler.seconds)
 
     return step
 
 
-def trl_form(case: Case) -> Callable[[], float]:
+def trl_form(case: Case) -> Callable[[], Seconds]:
     """The same update as TRL writes it: padded rectangles, all logits of the completion columns, loss by autograd."""
     import copy
 
@@ -235,8 +253,8 @@ def trl_form(case: Case) -> Callable[[], float]:
         with torch.no_grad():
             return torch.cat([logprobs(model, r, entropy=False) for r in split(batch.num_rows, case.micro)])
 
-    def step() -> float:
-        start = time.perf_counter()
+    def step() -> Seconds:
+        start = now()
         old, ref = frozen(model), frozen(reference)
         for rows in torch.randperm(batch.num_rows).split(case.minibatch):
             for part in rows.split(case.micro):
@@ -249,12 +267,12 @@ def trl_form(case: Case) -> Callable[[], float]:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return time.perf_counter() - start
+        return since(start)
 
     return step
 
 
-def make(case: Case, variant: str) -> Callable[[], float]:
+def make(case: Case, variant: str) -> Callable[[], Seconds]:
     """A step of ``variant``, ready to run; gives its seconds."""
     return trl_form(case) if variant == "trl-form" else ours(case, OURS[variant])
 
@@ -265,54 +283,69 @@ def status(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def peak(case: Case, variant: str) -> tuple[float, int]:
-    """Seconds, and bytes above weights, gradients and optimizer state, of the second step in this process."""
+def peak(case: Case, variant: str, *, is_warm: bool) -> tuple[Seconds, int]:
+    """Seconds of a step, and its peak in bytes above weights, gradients and optimizer state.
+
+    Args:
+        is_warm: of the second step in this process, else of the first: half the time, for large cases.
+    """
     step = make(case, variant)
-    step()
+    size = 4 * sum(parameter.numel() for parameter in make_model(case.model).parameters())
+    if is_warm:
+        step()
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     seconds = step()
-    gradients = 4 * sum(parameter.numel() for parameter in make_model(case.model).parameters())
-    return seconds, status("VmHWM") - before - gradients
+    # The first step makes the two moments of the optimizer too.
+    return seconds, status("VmHWM") - before - (1 if is_warm else 3) * size
 
 
-def peak_elsewhere(name: str, variant: str, threads: int) -> tuple[float, int]:
-    """`peak` in a process of its own."""
-    command = [sys.executable, __file__, "--peak", "--case", name, "--variant", variant, "--threads", str(threads)]
+def peak_elsewhere(name: str, variant: str, rounds: int, threads: int) -> tuple[Seconds, int]:
+    """`peak` in a process of its own, of a first step where there are no rounds."""
+    command = [sys.executable, __file__, "--peak", "--case", name, "--variant", variant]
+    command += ["--threads", str(threads), "--rounds", str(rounds)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     seconds, size = json.loads(done.stdout.splitlines()[-1])
-    return float(seconds), int(size)
+    return (seconds[0], seconds[1]), int(size)
 
 
-def medians(case: Case, variants: list[str], rounds: int) -> dict[str, float]:
+def medians(case: Case, variants: list[str], rounds: int) -> dict[str, Seconds]:
     """Seconds of each variant, which take turns."""
     steps = {variant: make(case, variant) for variant in variants}
-    taken: dict[str, list[float]] = {variant: [] for variant in variants}
+    taken: dict[str, list[Seconds]] = {variant: [] for variant in variants}
     for _ in range(rounds + 1):
         for variant, step in steps.items():
             taken[variant].append(step())
-    return {variant: statistics.median(times[1:]) for variant, times in taken.items()}
+    columns = {variant: list(zip(*times[1:], strict=True)) for variant, times in taken.items()}
+    return {variant: (statistics.median(wall), statistics.median(cpu)) for variant, (wall, cpu) in columns.items()}
 
 
 def compare(name: str, variants: list[str], rounds: int, threads: int) -> dict[str, dict[str, float]]:
     """Seconds and peak bytes of each variant; with 0 rounds the seconds of the one step that gave the peak."""
-    peaks = {variant: peak_elsewhere(name, variant, threads) for variant in variants}
+    peaks = {variant: peak_elsewhere(name, variant, rounds, threads) for variant in variants}
     seconds = medians(CASES[name], variants, rounds) if rounds else {v: found[0] for v, found in peaks.items()}
-    return {variant: {"seconds": seconds[variant], "peak_bytes": peaks[variant][1]} for variant in variants}
+    return {
+        variant: {
+            "wall_s": seconds[variant][0],
+            "processor_s": seconds[variant][1],
+            "peak_bytes": peaks[variant][1],
+        }
+        for variant in variants
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, action="append")
     parser.add_argument("--variant", choices=VARIANTS, action="append")
-    parser.add_argument("--rounds", type=int, default=5, help="0: the one step that gives the peak")
+    parser.add_argument("--rounds", type=int, default=5, help="0: one first step, which gives the peak too")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     variants = asked.variant or list(VARIANTS)
     if asked.peak:
-        print(json.dumps(peak(CASES[asked.case[0]], variants[0])))
+        print(json.dumps(peak(CASES[asked.case[0]], variants[0], is_warm=asked.rounds > 0)))
         return
     date = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
     file = ROOT / f"benchmarks/results/update-{date}.json"
@@ -322,7 +355,8 @@ def main() -> None:
         results["cases"][name] = {"rounds": asked.rounds} | compare(name, variants, asked.rounds, asked.threads)
         for variant in variants:
             found = results["cases"][name][variant]
-            print(f"{name:<20} {variant:<10} {found['seconds']:8.3f} s  peak {found['peak_bytes'] / 1e6:8.1f} MB")
+            times = f"{found['wall_s']:8.3f} s  processor {found['processor_s']:8.3f} s"
+            print(f"{name:<20} {variant:<10} {times}  peak {found['peak_bytes'] / 1e6:8.1f} MB", flush=True)
         file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
