@@ -27,13 +27,17 @@ from transformers import (
 )
 from transformers.models.gemma2 import modeling_gemma2
 
+from grpoforge import shared_prefix
+from grpoforge.assembly import share_prefix
 from grpoforge.collate import collate
 from grpoforge.errors import ModelError
+from grpoforge.layers import build
 from grpoforge.logprobs import CausalForward
 from grpoforge.packing import num_packed_tokens, num_plain_tokens, pack
-from grpoforge.policy import disable_dropout
+from grpoforge.policy import Policy, disable_dropout
 from grpoforge.precision import Precision
 from grpoforge.prefix_attention import prefix_attention
+from grpoforge.shared_prefix import CannotShare
 from grpoforge.types import Batch, Rollouts, TokenLogprobs
 
 SIZES: dict[str, Any] = {
@@ -389,3 +393,40 @@ def test_under_autocast(make_rollouts: Callable[..., Rollouts]) -> None:
         exact = CausalForward(model, Precision(torch.float32), "off").logprobs(batch).logprobs
     gap = float((plain - exact).abs().max())
     assert gap > 0 and float((packed - exact).abs().max()) <= 2 * gap
+
+
+def test_a_run_notes_why_it_does_not_share_or_refuses_to_start(
+    tiny_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def probe(trunk: Any, precision: Precision) -> None:
+        raise CannotShare("its attention is not plain: s_aux")
+
+    policy = tiny_policy()
+    share_prefix(build([("a.yaml", {})]), policy)
+    assert policy.notes == ()
+    monkeypatch.setattr(shared_prefix, "_probe", probe)
+    share_prefix(build([("a.yaml", {"batch": {"shared_prefix": "off"}})]), policy)
+    assert policy.notes == ()
+    share_prefix(build([("a.yaml", {})]), policy)
+    assert policy.notes == ("every prompt is computed once per completion: its attention is not plain: s_aux",)
+    with pytest.raises(ModelError) as failure:
+        share_prefix(build([("a.yaml", {"batch": {"shared_prefix": "on"}})]), policy)
+    assert failure.value.message == (
+        "`batch.shared_prefix` is `on`, and this model cannot be run on packed rows: its attention is not plain: s_aux"
+    )
+    assert "batch.shared_prefix=auto" in failure.value.hint
+    assert policy.freeze().forward.prefix.mode == "on"
+
+
+def test_an_argument_that_attention_does_not_know_is_refused(make_rollouts: Callable[..., Rollouts]) -> None:
+    """As the sinks of gpt-oss: another way to attend, handed over by name."""
+    model, batch = make("qwen2", torch.float64), ragged(make_rollouts, 4)
+    inner = model.model.layers[1].self_attn
+    original = inner.forward
+    inner.forward = lambda *given, **named: original(*given, **named, s_aux=torch.zeros(4))
+    forward = CausalForward(model, Precision(torch.float64))
+    assert forward.prefix.obstacle() == "its attention is not plain: s_aux"
+    assert model.config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        plain = CausalForward(model, Precision(torch.float64), "off").logprobs(batch).logprobs
+        assert torch.equal(forward.logprobs(batch).logprobs, plain)
