@@ -20,12 +20,14 @@ from grpoforge.errors import ConfigError, GrpoforgeError, ModelError
 from grpoforge.evaluation import Evaluation
 from grpoforge.fused import fuse
 from grpoforge.objective import Objective, coupling_of
+from grpoforge.old_logprobs import OldLogprobs
 from grpoforge.outcomes import default_k
 from grpoforge.parts import ChosenReward, Parts, bind_reward
 from grpoforge.plugins import PluginHost
 from grpoforge.policy import Policy, Reader
 from grpoforge.run_dir import RunDir
 from grpoforge.seeds import mix
+from grpoforge.shared_prefix import refused
 from grpoforge.sources import Row
 from grpoforge.streaming import StreamedPrompts
 from grpoforge.tracking import RunInfo
@@ -168,8 +170,26 @@ def make_evaluation(
     )
 
 
+def share_prefix(config: Config, policy: Policy) -> None:
+    """Let the policy compute each prompt once per group, or note why it does not.
+
+    Raises:
+        ModelError: ``batch.shared_prefix`` is ``on`` and the model cannot.
+    """
+    obstacle = policy.share_prefix(config.batch.shared_prefix)
+    if obstacle and config.batch.shared_prefix == "on":
+        raise refused(obstacle)
+    if obstacle:
+        policy.notes += (f"every prompt is computed once per completion: {obstacle}",)
+
+
 def make_engine(config: Config, algorithm: Algorithm, policy: Policy, workers: Workers, total_updates: int) -> Engine:
-    """Optimizer, schedule and reference around the policy."""
+    """Optimizer, schedule and reference around the policy.
+
+    Raises:
+        ModelError: see `share_prefix`.
+    """
+    share_prefix(config, policy)
     optimizer = torch.optim.AdamW(
         policy.trainable(),
         lr=config.optim.learning_rate,
@@ -239,6 +259,7 @@ def make_algorithm(config: Config, parts: Parts, sampler: Sampler, columns: Sequ
         max_grad_norm=config.optim.max_grad_norm,
         mask_truncated=batch.mask_truncated_completions,
         top_entropy_quantile=batch.top_entropy_quantile,
+        old_logprobs=OldLogprobs(batch.old_logprobs, batch.sampler_tolerance),
     )
 
 

@@ -23,7 +23,8 @@ def check_together(
         ConfigError: a correction given twice, or two that look at different temperatures; a group too small for the
             advantage, or no multiple of what sampler or advantage take together; a batch that one of them refuses; a
             KL estimator that reads the whole vocabulary is to be a reward, or to be kept for a whole minibatch; a
-            sequence-level loss with a token-level correction; a target for a KL that is off.
+            sequence-level loss with a token-level correction; a target for a KL that is off; the
+            sampler's log-probs as old ones where something reads more.
         PluginError: a component asks for data that it cannot be given.
     """
     bind("advantage", advantage)
@@ -33,6 +34,7 @@ def check_together(
     check_samples(config, sampler)
     _check_kl(config, kl)
     _check_memory(config, loss, kl)
+    _check_old(config)
     names = [name for name, _ in corrections]
     for name, correction in corrections:
         if names.count(name) > 1:
@@ -149,6 +151,20 @@ def _check_memory(config: Config, loss: Any, kl: Any) -> None:
         f"KL estimator `{config.kl.name}` would keep the whole vocabulary at each of their tokens",
         f"use an estimator of sampled tokens such as `k2`, or `--set batch.micro_batch_size={config.minibatch_size}`",
     )
+
+
+def _check_old(config: Config) -> None:
+    reads_more = {
+        "`batch.top_entropy_quantile` reads the policy's entropy": config.batch.top_entropy_quantile < 1,
+        "corrections compare them with the sampler's": bool(config.corrections),
+        "`kl.placement: reward` charges for them": config.kl.beta > 0 and config.kl.placement == "reward",
+    }
+    reasons = [reason for reason, holds in reads_more.items() if holds]
+    if config.batch.old_logprobs == "sampler" and reasons:
+        raise ConfigError(
+            f"`batch.old_logprobs` is `sampler`{config.origins.of('batch', 'old_logprobs')}, and {reasons[0]}",
+            "use `--set batch.old_logprobs=auto`",
+        )
 
 
 def _check_levels(config: Config, loss: Any, name: str, correction: Any) -> None:

@@ -185,6 +185,15 @@ class BatchConfig(Section):
     """Leave completions that were cut at the length limit out of the loss."""
     top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the tokens, those of highest entropy, that the policy loss is taken on."""
+    shared_prefix: Literal["auto", "on", "off"] = "auto"
+    """Compute each prompt once per group, and no padding. ``auto``: where the model allows it and it saves work;
+    ``on``: always, or fail; ``off``: never. Changes speed, memory and rounding."""
+    old_logprobs: Literal["auto", "recompute", "sampler"] = "auto"
+    """Where old log-probs come from. ``recompute``: a pass over the batch; ``sampler``: what the sampler reported,
+    where that is the policy's; ``auto``: the update itself where it is one optimizer step, else the sampler in fp32."""
+    sampler_tolerance: Annotated[float, Field(ge=0)] = 1e-4
+    """Largest gap between the sampler's log-prob of a token and the policy's at which the sampler's are taken; checked
+    on some rows of each step."""
 
 
 class OptimConfig(Section):
