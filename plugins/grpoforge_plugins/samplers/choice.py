@@ -16,13 +16,14 @@ import torch
 from grpoforge.errors import ConfigError, first_line
 from grpoforge.policy import inference_mode
 from grpoforge.types import PolicyView
+from grpoforge_plugins.samplers.cpp_decoder import CppDecoder
 from grpoforge_plugins.samplers.generate_decoder import GenerateDecoder
 from grpoforge_plugins.samplers.inverse_cdf import Cuts
 from grpoforge_plugins.samplers.requests import Decoder, Drawn, Requests
 from grpoforge_plugins.samplers.torch_decoder import TorchDecoder
 
-DecoderName = Literal["auto", "torch"]
-DECODERS: dict[str, type[Decoder]] = {"torch": TorchDecoder}
+DecoderName = Literal["auto", "cpp", "torch"]
+DECODERS: dict[str, type[Decoder]] = {"cpp": CppDecoder, "torch": TorchDecoder}
 """By name, the fastest first. Where none works, transformers' `generate` does."""
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
