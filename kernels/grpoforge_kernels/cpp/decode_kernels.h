@@ -209,19 +209,30 @@ static void soften(float* scores, int64_t stride, const Span* spans, int heads, 
     }
 }
 
+// The scores with all keys of a span. Several chunks at a time: one alone has too few sums to keep the multipliers busy.
+template <int heads, int most>
+INLINE float* score_span(const float* q, int64_t d, const Span& span, float* scores, int64_t stride) {
+    const float* keys = span.keys;
+    int64_t left = (span.length + KEYS - 1) / KEYS;
+    const auto chunks = [&](auto some) {
+        score<heads, some>(q, d, keys, scores, stride);
+        left -= some, keys += some * d * KEYS, scores += some * KEYS;
+    };
+    while (left >= most) chunks(std::integral_constant<int, most>{});
+    if constexpr (most > 2)
+        if (left == 3) chunks(std::integral_constant<int, 3>{});
+    if constexpr (most > 1)
+        if (left == 2) chunks(std::integral_constant<int, 2>{});
+    if (left == 1) chunks(std::integral_constant<int, 1>{});
+    return scores;
+}
+
 template <int heads>
 static __attribute__((noinline)) void attend_heads(
     const float* q, int64_t d, int64_t width, const Span* spans, float k, float* scores, int64_t stride, float* out) {
-    constexpr int CHUNKS = heads <= 2 && LANES == 16 ? 4 : LANES == 16 ? 2 : 1;
-    float* to = scores;
-    for (int s = 0; s < 2; s++) {
-        const int64_t chunks = (spans[s].length + KEYS - 1) / KEYS;
-        int64_t chunk = 0;
-        for (; chunk + CHUNKS <= chunks; chunk += CHUNKS, to += CHUNKS * KEYS)
-            score<heads, CHUNKS>(q, d, spans[s].keys + chunk * d * KEYS, to, stride);
-        if constexpr (CHUNKS > 1)
-            for (; chunk < chunks; chunk++, to += KEYS) score<heads, 1>(q, d, spans[s].keys + chunk * d * KEYS, to, stride);
-    }
+    constexpr int MOST = LANES != 16 ? 1 : heads <= 2 ? 4 : 2;
+    float* const own = score_span<heads, MOST>(q, d, spans[0], scores, stride);
+    score_span<heads, MOST>(q, d, spans[1], own, stride);
     float by[heads];
     soften(scores, stride, spans, heads, k, by);
     int64_t at = 0;
@@ -240,9 +251,16 @@ static void attend(
 }
 
 // x [d] turned by its position: halves are pairs (the convention of Llama in transformers).
-static void turn(const float* x, int64_t d, const float* cosine, const float* sine, float* y) {
+static void turn(
+    const float* __restrict x, int64_t d, const float* __restrict cosine, const float* __restrict sine, float* __restrict y) {
     const int64_t half = d / 2;
-    for (int64_t i = 0; i < half; i++) {
+    int64_t i = 0;
+    for (; i + LANES <= half; i += LANES) {
+        const Floats first = load_at(x + i), second = load_at(x + i + half);
+        store_at(first * load_at(cosine + i) - second * load_at(sine + i), y + i);
+        store_at(second * load_at(cosine + i + half) + first * load_at(sine + i + half), y + i + half);
+    }
+    for (; i < half; i++) {
         const float first = x[i], second = x[i + half];
         y[i] = first * cosine[i] - second * sine[i];
         y[i + half] = second * cosine[i + half] + first * sine[i + half];
