@@ -258,7 +258,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     rewards: list[RewardPart] = Field(default_factory=lambda: [RewardPart(name="math")])
-    sampler: Part = Part(name="hf")
+    sampler: Part = Part(name="native")
     advantage: Part = Part(name="group")
     loss: Part = Part(name="clip")
     kl: KLPart = KLPart(name="k3")

@@ -39,6 +39,7 @@ from grpoforge_plugins.rewards.reasoning import reasoning
 from grpoforge_plugins.rewards.repetition import repetition
 from grpoforge_plugins.rewards.reward_model import RewardModel
 from grpoforge_plugins.samplers.hf import HFSampler
+from grpoforge_plugins.samplers.native import NativeSampler
 from grpoforge_plugins.samplers.paired import PairedSampler
 from grpoforge_plugins.trackers.console import Console
 from grpoforge_plugins.trackers.jsonl import Jsonl
@@ -65,6 +66,7 @@ def register_rewards(register: Any) -> None:
 
 @hookimpl
 def register_samplers(register: Any) -> None:
+    register("native", NativeSampler)
     register("hf", HFSampler)
     register("paired", PairedSampler)
 
