@@ -26,6 +26,7 @@ from grpoforge_plugins.losses.reinforce import DRO, TOPR, reinforce
 from grpoforge_plugins.losses.sapo import SAPO
 from grpoforge_plugins.losses.vespo import VESPO
 from grpoforge_plugins.policies import huggingface
+from grpoforge_plugins.preference.reward import Preference
 from grpoforge_plugins.rewards.brevity import brevity
 from grpoforge_plugins.rewards.format import format_reward
 from grpoforge_plugins.rewards.math import math
@@ -47,6 +48,7 @@ def register_rewards(register: Any) -> None:
     register("brevity", brevity, weight=0.1, gate="math")
     register("format", format_reward, weight=0.2)
     register("soft_overlong", soft_overlong, weight=1.0)
+    register("preference", Preference, weight=0.3)
 
 
 @hookimpl
