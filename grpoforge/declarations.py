@@ -10,6 +10,7 @@ A class states a fact as a class attribute, a function through `declares`. Known
     ``on_policy_gradient``  loss: whether its gradient at ratio 1 is ``-A`` times that of the log-prob; true by default
     ``unbiased``         KL estimator: its mean over the policy is the KL
     ``right_in_reward``  KL estimator: as a reward its policy gradient is that of the KL
+    ``learns_from_others``  reward: whether the other rewards of the run are what it learns from
     ``kernel_form``      loss, KL estimator: what it is called among the fused kernels
 """
 

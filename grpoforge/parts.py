@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpoforge.combinations import check_together
+from grpoforge.combinations import check_rewards, check_together
 from grpoforge.config import Config, DataConfig, Origins, Part, RewardPart
 from grpoforge.data import columns_of, hold_out, rename_columns, usable
 from grpoforge.errors import ConfigError, DataError, GrpoforgeError, PluginError, first_line, suggest
@@ -89,6 +89,7 @@ def resolve(config: Config, host: PluginHost) -> Parts:
     """
     measured, correctness = choose_measured(config, host)
     origins = config.origins
+    check_rewards([(one.name, one.chosen.component.factory, one.weight) for one in measured], origins.of("rewards"))
     parts = {kind: choose(kind, part, host, origins, (kind,)) for kind, part in _single_parts(config).items()}
     corrections = [choose("correction", one, host, origins, ("corrections", one.name)) for one in config.corrections]
     check_together(

@@ -12,9 +12,7 @@ import typer
 
 from grpoforge.cli.settings import PluginFiles, announce, stdout_is_data
 
-app = typer.Typer(
-    name="preference", help="Train and measure a preference model on pairs of completions.", no_args_is_help=True
-)
+app = typer.Typer(name="preference", help="Train and measure a preference model on pairs of completions.")
 
 Settings = Annotated[
     list[str] | None, typer.Option("--set", "-s", metavar="OPTION=VALUE", help="Change an option; repeatable.")
@@ -28,6 +26,7 @@ Pairs = Annotated[
 ]
 
 SHOWN_UPDATES = 10
+NOTHING: Mapping[str, Any] = {}
 
 
 @app.command("train")
@@ -98,7 +97,7 @@ def _function(
     what: str,
     settings: Sequence[str] | None,
     plugin: list[Path] | None,
-    flags: Mapping[str, Any] | None = None,
+    flags: Mapping[str, Any] = NOTHING,
 ) -> Callable[..., dict[str, Any]]:
     """What the reward ``name`` calls ``what``, with its options checked and bound.
 
@@ -121,9 +120,9 @@ def _function(
             f"reward `{reward.id}` has no preference model: its class has no function `{what}`",
             "leave out `--component`, or name a reward that has",
         )
-    return make_component("reward", f"{reward.name}.{what}", reward.plugin, function).build(
-        {**options, **(flags or {})}
-    )
+    checked = make_component("reward", f"{reward.name}.{what}", reward.plugin, function)
+    bound: Callable[..., dict[str, Any]] = checked.build({**options, **flags})
+    return bound
 
 
 def _show_progress(done: int, total: int, loss: float) -> None:

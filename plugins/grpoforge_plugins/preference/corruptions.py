@@ -152,9 +152,7 @@ def make_pairs(
     rows = usable(read_path(str(problems)), ("question", "answer"), str(problems), skip=False)[:num_problems]
     solved = [_read_row(row) for row in rows]
     if len(solved) < 2:
-        raise DataError(
-            f"{problems} has one problem", "give at least two: a mistake may be the step of another problem"
-        )
+        raise DataError(f"{problems} has one problem", "give two at least: a mistake may be a step of another one")
     pairs = corrupted_pairs(solved, seed=seed, kinds=kinds, per_problem=per_problem)
     try:
         write_pairs(output, pairs)
@@ -169,6 +167,6 @@ def _read_row(row: Row) -> Solved:
     if not isinstance(answer, str) or not _LAST_LINE.search(answer):
         raise DataError(
             f"{row.origin}: column `answer` does not end with a line `#### NUMBER`",
-            "give worked solutions as GSM8K has",
+            "give solutions as GSM8K has",
         )
     return read_solution(row.columns["question"], answer)

@@ -62,6 +62,7 @@ class Encoder:
         """A new small BERT over ``vocabulary`` (see `vocabulary_of`), its weights drawn from ``seed``."""
         from transformers import BertConfig, BertForSequenceClassification
 
+        _quiet()
         config = BertConfig(
             vocab_size=len(vocabulary),
             hidden_size=hidden_size,

@@ -48,7 +48,7 @@ class Preference:
     Evaluation has an instance of its own, which learns nothing and always abstains.
     """
 
-    needs_labels = True
+    learns_from_others = True
 
     train = staticmethod(offline.train)
     evaluate = staticmethod(offline.evaluate)
@@ -127,20 +127,10 @@ class Preference:
         return sum(self.recent) / len(self.recent) if self.recent else math.nan
 
     def lessons(self, report: StepReport, name: str) -> list[Row]:
-        """The pairs of this rank's rollouts, labelled by all rewards but this one, which is called ``name``.
-
-        Raises:
-            ConfigError: no other reward has a weight.
-        """
+        """The pairs of this rank's rollouts, labelled by all rewards but this one, which is called ``name``."""
         own = report.scores.names.index(name)
         others = [place for place in range(len(report.scores.names)) if place != own]
-        weights = report.scores.weights[others]
-        if not bool((weights != 0).any()):
-            raise ConfigError(
-                f"reward `{name}` learns from the other rewards of the run, and none has a weight",
-                "add one, such as `--reward math`",
-            )
-        totals = weighted_total(report.scores.rewards[:, :, others], weights)
+        totals = weighted_total(report.scores.rewards[:, :, others], report.scores.weights[others])
         return [as_row(pair) for pair in pairs_of_rollouts(report.rollouts, totals, self.threshold)]
 
     def learn(self, lessons: Sequence[Row]) -> dict[str, float]:
