@@ -134,6 +134,7 @@ RUN = {
 
 
 EVERYTHING = {
+    "rewards": [{"name": "math"}, {"name": "brevity"}, {"name": "preference"}],
     "kl": {"target": 0.1},
     "corrections": [{"name": "tis"}],
     "entropy": {"target": 0.5},
