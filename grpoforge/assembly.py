@@ -19,6 +19,7 @@ from grpoforge.engine import Algorithm, Engine
 from grpoforge.errors import ConfigError, GrpoforgeError, ModelError
 from grpoforge.evaluation import Evaluation
 from grpoforge.fused import fuse
+from grpoforge.learner import Learner
 from grpoforge.objective import Objective, coupling_of
 from grpoforge.old_logprobs import OldLogprobs
 from grpoforge.outcomes import default_k
@@ -322,6 +323,7 @@ def assemble(
         trackers=trackers,
         components={"prompts": train, **named_components(algorithm, evaluation, trackers)},
         run_dir=run_dir,
+        learners=learners(algorithm),
         step_finished=step_hook(host) if workers.is_main else lambda report: None,
     )
 
@@ -359,6 +361,13 @@ def named_components(algorithm: Algorithm, evaluation: Evaluation, trackers: Seq
     named |= {f"reward {reward.name}": reward.function for reward in algorithm.drawing.rewards}
     named |= {f"evaluation reward {reward.name}": reward.function for reward in evaluation.rewards}
     return named | {f"tracker {type(tracker).__name__}": tracker for tracker in trackers}
+
+
+def learners(algorithm: Algorithm) -> list[tuple[str, Learner]]:
+    """The components that learn from finished steps, each with its name. Those of evaluation only measure."""
+    named: list[tuple[str, Any]] = [(reward.name, reward.function) for reward in algorithm.drawing.rewards]
+    named += [("sampler", algorithm.drawing.sampler), ("advantage", algorithm.advantage.function)]
+    return [(name, part) for name, part in [*named, ("loss", algorithm.objective.loss)] if isinstance(part, Learner)]
 
 
 def step_hook(host: PluginHost) -> Callable[[StepReport], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from grpoforge.binding import bind
@@ -45,6 +46,25 @@ def check_together(
         bind("correction", correction)
         _check_levels(config, loss, name, correction)
     _check_targets(config, corrections)
+
+
+def check_rewards(rewards: Sequence[tuple[str, Any, float]], origin: str = "") -> None:
+    """Refuse a reward that learns from the others of the run where no other one counts.
+
+    Args:
+        rewards: name, component and weight of each.
+        origin: where the choice of rewards came from, as the end of a sentence.
+
+    Raises:
+        ConfigError: it would have nothing to learn from, and would never score anything.
+    """
+    for name, reward, _ in rewards:
+        others = [weight for other, _, weight in rewards if other != name]
+        if declared(reward, "learns_from_others", False) and not any(others):
+            raise ConfigError(
+                f"reward `{name}` learns from the other rewards of the run, and none has a weight{origin}",
+                "add one, such as `--reward math`",
+            )
 
 
 def _check_group(config: Config, advantage: Any) -> None:

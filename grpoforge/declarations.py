@@ -15,6 +15,7 @@ A class states a fact as a class attribute, a function through `declares`. Known
     ``unbiased``         KL estimator: its mean over the policy is the KL
     ``right_in_reward``  KL estimator: as a reward its policy gradient is that of the KL
     ``answer_of``        reward: the final answer that a completion states; see below
+    ``learns_from_others``  reward: whether the other rewards of the run are what it learns from
     ``kernel_form``      loss, KL estimator: what it is called among the fused kernels
 
 ``answer_of(text: str) -> str | None`` is the final answer of a completion in one written form, None when none can be

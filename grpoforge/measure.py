@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -214,8 +213,8 @@ def examine(evaluation: Evaluation, policy: Any) -> tuple[dict[str, float], tupl
     found, workers = evaluation.examine(policy), evaluation.workers
     outcomes: Sequence[Outcome] = found.outcomes
     if workers.size > 1:
-        lines = workers.gather_lines([json.dumps(dataclasses.asdict(outcome)) for outcome in outcomes])
-        outcomes = [Outcome.from_dict(json.loads(line)) for line in lines]
+        everyone = workers.gather_values([dataclasses.asdict(outcome) for outcome in outcomes])
+        outcomes = [Outcome.from_dict(values) for values in everyone]
     return found.metrics, tuple(sorted(outcomes, key=lambda outcome: outcome.index))
 
 

@@ -136,6 +136,7 @@ RUN = {
 EVERYTHING = {
     "sampler": {"name": "paired", "num_sample_pairs": 2},
     "advantage": {"name": "paired"},
+    "rewards": [{"name": "math"}, {"name": "brevity"}, {"name": "preference"}],
     "kl": {"target": 0.1},
     "corrections": [{"name": "tis"}],
     "entropy": {"target": 0.5},

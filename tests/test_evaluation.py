@@ -159,8 +159,8 @@ class Threads(Workers):
         assert set(first) == set(second)
         return {name: (first[name][0] + second[name][0], first[name][1] + second[name][1]) for name in first}
 
-    def gather_lines(self, lines: Sequence[str]) -> list[str]:
-        return [line for part in self._exchange(list(lines)) for line in part]
+    def gather_values(self, values: Sequence[Any]) -> list[Any]:
+        return [value for part in self._exchange(list(values)) for value in part]
 
 
 class Dice(Echo):

@@ -29,6 +29,7 @@ from grpoforge_plugins.losses.reinforce import DRO, TOPR, reinforce
 from grpoforge_plugins.losses.sapo import SAPO
 from grpoforge_plugins.losses.vespo import VESPO
 from grpoforge_plugins.policies import huggingface, size
+from grpoforge_plugins.preference.reward import Preference
 from grpoforge_plugins.rewards.brevity import brevity
 from grpoforge_plugins.rewards.format import format_reward
 from grpoforge_plugins.rewards.language import language
@@ -62,6 +63,7 @@ def register_rewards(register: Any) -> None:
     register("language", language, weight=0.1)
     register("reward_model", RewardModel, weight=1.0)
     register("soft_overlong", soft_overlong, weight=1.0)
+    register("preference", Preference, weight=0.3)
 
 
 @hookimpl

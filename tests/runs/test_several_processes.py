@@ -78,3 +78,18 @@ def test_a_signal_stops_both_after_the_step(tmp_path: Path, program: Any) -> Non
     checkpoint.verify(newest)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == checkpoint.step_of(newest)
+
+
+def test_a_preference_model_learns_from_the_pairs_of_both(tmp_path: Path, program: Any, rewards_file: Path) -> None:
+    preference = "{name: preference, batch_size: 2, min_pairs: 2, min_accuracy: 0, preference_threshold: 0.001}"
+    rewards = f"rewards=[{{name: '{rewards_file}:digits'}}, {preference}]"
+    flags = ("--set", rewards, "--set", "eval.reward=digits", "--set", "kl.beta=0")
+    process = torchrun(program, "train", "--max-steps", "3", "--output", "run", *SMALL, *flags)
+    _, talk = process.communicate(timeout=240)
+    assert process.returncode == 0, talk
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "train"]
+    # Each process has one prompt, and so one pair at most.
+    assert max(line["pref/pairs"] for line in steps) == 2.0
+    assert steps[-1]["pref/buffer"] == sum(line["pref/pairs"] for line in steps)
+    assert steps[-1]["rewards/preference/unscored"] < 1.0
