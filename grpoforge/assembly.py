@@ -38,9 +38,17 @@ from grpoforge.types import Loss, Sampler, StepReport
 logger = logging.getLogger(__name__)
 
 
-def num_steps(config: Config, num_train: int) -> int:
-    """Steps of a run: ``max_steps``, else ``epochs`` passes over the training problems, at least one step."""
-    return config.max_steps or max(1, config.epochs * num_train // config.batch.prompts_per_step)
+def num_steps(config: Config, num_train: int | None) -> int:
+    """Steps of a run: ``max_steps`` or ``epochs`` passes over the training problems, whichever is less; at least one.
+
+    Args:
+        num_train: training problems; None where nobody counted them, and there are ``max_steps``.
+    """
+    if config.max_steps is not None and (config.epochs is None or num_train is None):
+        return config.max_steps
+    assert num_train is not None
+    of_epochs = max(1, (config.epochs or 1) * num_train // config.batch.prompts_per_step)
+    return min(of_epochs, config.max_steps or of_epochs)
 
 
 def check_workers(config: Config, workers: Workers) -> None:
@@ -302,7 +310,7 @@ def assemble(
     algorithm = make_algorithm(config, parts, sampler, columns)
     check_coupling(algorithm.objective.loss, config.loss.name, workers)
     num_train = len(train) if isinstance(train, PromptSet) else None
-    max_steps = num_steps(config, num_train or 0)
+    max_steps = num_steps(config, num_train)
     engine = make_engine(config, algorithm, policy, workers, max_steps * config.updates_per_step)
     info = run_info(config, parts, policy, run_dir, (num_train, len(evaluation.prompts)), (first_step, max_steps))
     trackers = [chosen.build(info) for _, chosen in parts.trackers] if workers.is_main else []

@@ -270,9 +270,9 @@ class Config(Section):
     batch: BatchConfig = BatchConfig()
     optim: OptimConfig = OptimConfig()
     max_steps: Positive | None = None
-    """Steps to take; by default ``epochs`` passes over the training problems."""
-    epochs: Positive = 1
-    """Passes over the training problems when ``max_steps`` is not given."""
+    """Steps to take at most; by default those of ``epochs``."""
+    epochs: Positive | None = None
+    """Passes over the training problems at most; one when ``max_steps`` is not given either."""
     seed: NonNegative = 0
     """Fixes the order of the data and every sample."""
     eval: EvalConfig = EvalConfig()

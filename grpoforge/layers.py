@@ -19,8 +19,10 @@ SEE_DEFAULTS = "see `grpoforge recipes show tiny-math --json` for every key"
 KEPT_ON_RENAME: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("kl",): ("beta", "placement", "target", "horizon"),
     ("sampler",): ("max_completion_length",),
+    ("model",): ("precision", "gradient_checkpointing", "lora"),
 }
-"""Keys that stay when another component takes the place of one: how long a completion may be is the task's to say."""
+"""Keys that stay when another component takes the place of one: how long a completion may be is the task's to say, how a
+model is held and trained the machine's."""
 
 
 def build(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> Config:

@@ -19,7 +19,7 @@ from grpoforge.yaml_source import dump_yaml, parse_yaml, read_recipe, recipe_lay
 
 ROOT = Path(__file__).parents[1]
 RECIPES = recipe_names()
-TASKS = ["gsm8k-qwen2.5-0.5b", "tiny-math"]
+TASKS = ["gsm8k-qwen2.5-0.5b", "gsm8k-qwen2.5-3b", "gsm8k-smoke", "tiny-math"]
 SAMPLERS = ["paired"]
 """Recipes that choose a sampler too; each has a benchmark of its own."""
 ALGORITHMS = [name for name in RECIPES if name not in TASKS + SAMPLERS]
@@ -92,14 +92,15 @@ def test_an_algorithm_is_parts_only_and_goes_over_any_task(name: str) -> None:
     assert set(values) <= OF_AN_ALGORITHM
     assert {"advantage", "loss", "kl", "reduction"} <= set(values)
     assert "learning_rate" not in values.get("optim", {})  # a model's, not an algorithm's
-    config = build(base_layers(["gsm8k-qwen2.5-0.5b", name]))
+    groups = ("groups of 8", {"batch": {"prompts_per_step": 16, "completions_per_prompt": 8}})
+    config = build([*base_layers(["gsm8k-qwen2.5-0.5b", name]), groups])
     assert (config.recipe, config.model.name) == (f"gsm8k-qwen2.5-0.5b+{name}", "Qwen/Qwen2.5-0.5B-Instruct")
-    assert config.optim.learning_rate == 1e-6
+    assert config.optim.learning_rate == 1e-5
     check(config)
 
 
 def test_paired_draws_as_many_pairs_as_a_batch_has_and_leaves_the_length_to_the_task() -> None:
-    for task, length in (("tiny-math", 64), ("gsm8k-qwen2.5-0.5b", 320)):
+    for task, length in (("tiny-math", 64), ("gsm8k-qwen2.5-0.5b", 512)):
         config = build(base_layers([task, "paired"]))
         check(config)
         assert config.sampler.options["max_completion_length"] == length

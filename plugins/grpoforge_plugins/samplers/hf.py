@@ -50,6 +50,11 @@ class HFSampler:
         self.batch_size = batch_size
         self.cuts = {"top_p": top_p, "top_k": top_k, "min_p": min_p or None}
 
+    @property
+    def rows_at_a_time(self) -> int | None:
+        """Completions decoded at a time; None for all of a step."""
+        return self.batch_size or None
+
     def sample(self, policy: PolicyView, prompts: Sequence[Prompt], group_size: int, seed: int) -> Rollouts:
         """``group_size`` completions per prompt; all randomness comes from ``seed``."""
         with seeded(seed, policy.device):

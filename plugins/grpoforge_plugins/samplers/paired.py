@@ -64,6 +64,11 @@ class PairedSampler:
         self.cuts = {"top_p": top_p, "top_k": top_k, "min_p": min_p or None}
         self.decode: Decode = self._generate
 
+    @property
+    def rows_at_a_time(self) -> int | None:
+        """Completions decoded at a time; None for all of a step."""
+        return 2 * self.paired_batch_size or None
+
     def check_batch(self, num_prompts: int, group_size: int) -> None:
         """Raise ConfigError unless a step of ``num_prompts`` groups has ``num_sample_pairs`` pairs."""
         pairs = num_prompts * group_size // 2
