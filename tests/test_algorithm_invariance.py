@@ -3,6 +3,7 @@ step does not depend on the micro-batch, the padding, or the order of groups and
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from grpoforge.binding import bind
 from grpoforge.coefficients import AdaptiveEntropy, AdaptiveKL
 from grpoforge.collate import collate
 from grpoforge.contracts import advantages_of
+from grpoforge.declarations import declared
 from grpoforge.engine import Engine
 from grpoforge.metrics import Meter
 from grpoforge.objective import Frozen, coupling_of
@@ -73,7 +75,7 @@ def gradient(
 
     @functools.cache
     def prepare(groups: tuple[int, ...], rows: tuple[int, ...], **pad: Any) -> tuple[Batch, Tensor, list[Tensor]]:
-        """The rows in this order, their lengths, and what the old policy and the reference say of them."""
+        """The rows in this order, their lengths, and the old policy, the reference, the old policy at temperature 1."""
 
         def ordered(table: list[list[Any]]) -> list[list[Any]]:
             return [[table[group][row] for row in rows] for group in groups]
@@ -81,7 +83,14 @@ def gradient(
         rollouts = make_rollouts([PROMPTS[group] for group in groups], ordered(COMPLETIONS), ordered(TEMPERATURES))
         batch = collate(rollouts, pad_token_id=0, **pad)
         lengths = torch.tensor([[float(len(c.token_ids)) for c in group] for group in rollouts.completions])
-        return batch, lengths.double(), [policy.frozen_logprobs(batch, 12).logprobs for policy in (old, reference)]
+        return (
+            batch,
+            lengths.double(),
+            [
+                policy.frozen_logprobs(one, 12).logprobs
+                for policy, one in ((old, batch), (reference, batch), (old, at_one(batch)))
+            ],
+        )
 
     def compute(parts: dict[str, Any], *, groups: Sequence[int], rows: Sequence[int], micro: int, **pad: Any) -> Tensor:
         batch, lengths, logprobs = prepare(tuple(groups), tuple(rows), **pad)
@@ -102,10 +111,23 @@ def gradient(
             **{name: parts[name] for name in ("loss", "kl", "reduction", "corrections")},
         )
         meter = Meter()
-        engine.accumulate(batch, make_frozen(*logprobs, advantages), 8, meter)
+        before, ref, target = logprobs
+        frozen = dataclasses.replace(make_frozen(before, ref, advantages), target=target)
+        engine.accumulate(batch, frozen, 8, meter)
         return torch.cat([torch.tensor([meter.totals["loss"][0]]).double(), flat_gradient(current)])
 
     return compute
+
+
+def at_one(batch: Batch) -> Batch:
+    """The same rows at temperature 1."""
+    return dataclasses.replace(batch, temperatures=torch.ones_like(batch.temperatures))
+
+
+def in_blocks(rows: Sequence[int], advantage: Any) -> list[int]:
+    """The order in which ``rows`` puts the blocks of the advantage, each in its own order."""
+    block: int = declared(advantage, "block", 1)
+    return [first + row for first in rows if first % block == 0 for row in range(block)]
 
 
 ORDERS = st.permutations(range(3)), st.permutations(range(4))
@@ -152,6 +174,7 @@ def test_it_depends_on_neither_split_nor_padding_nor_order(
         if loss in RANDOM:
             groups, rows = list(range(3)), list(range(4))
         plain = gradient(parts, groups=list(range(3)), rows=list(range(4)), micro=12)
+        rows = in_blocks(rows, parts["advantage"])
         other = gradient(parts, groups=groups, rows=rows, micro=micro, padding_side=side, extra=extra)
         assert bool(plain.isfinite().all())
         assert float((plain - other).norm()) <= 1e-10 * max(float(plain.norm()), 1.0)

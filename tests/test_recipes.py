@@ -139,16 +139,17 @@ def test_the_figures_in_the_guide_are_those_that_were_measured() -> None:
         assert run["accuracy_after"] > run["accuracy_before"]
 
 
-def test_the_figures_of_paired_sampling_in_the_guide_are_those_that_were_measured() -> None:
+@pytest.mark.parametrize(("results", "label"), [("paired", ""), ("paired-reasoning", ", three rewards")])
+def test_the_figures_of_paired_sampling_in_the_guide_are_those_that_were_measured(results: str, label: str) -> None:
     """And within five points of plain GRPO, seed by seed, after as many completions."""
     page = (ROOT / "docs/guides/paired.md").read_text(encoding="utf-8")
-    measured = json.loads((ROOT / "benchmarks/results/paired-2026-11-28.json").read_text())
+    measured = json.loads((ROOT / f"benchmarks/results/{results}-2026-11-28.json").read_text())
     assert measured["completions"] == 4608 and "4,608" in page
     accuracy = {
         kind: [measured["runs"][f"{kind}-{seed}"]["accuracy"] for seed in range(3)] for kind in ("grpo", "paired")
     }
     for kind, found in accuracy.items():
-        assert f"| {kind} | {' | '.join(f'{one:.1f}%' for one in found)} | {sum(found) / 3:.1f}% |" in page
+        assert f"| {kind}{label} | {' | '.join(f'{one:.1f}%' for one in found)} | {sum(found) / 3:.1f}% |" in page
     assert all(ours >= theirs - 5 for ours, theirs in zip(accuracy["paired"], accuracy["grpo"], strict=True))
     every_gap = json.loads((ROOT / "benchmarks/results/paired-every-gap-2026-11-28.json").read_text())["runs"][
         "paired-0"
