@@ -19,12 +19,16 @@ from grpoforge.engine import Algorithm, Engine
 from grpoforge.errors import ConfigError, GrpoforgeError, ModelError
 from grpoforge.evaluation import Evaluation
 from grpoforge.fused import fuse
+from grpoforge.learner import Learner
 from grpoforge.objective import Objective, coupling_of
+from grpoforge.old_logprobs import OldLogprobs
+from grpoforge.outcomes import default_k
 from grpoforge.parts import ChosenReward, Parts, bind_reward
 from grpoforge.plugins import PluginHost
 from grpoforge.policy import Policy, Reader
 from grpoforge.run_dir import RunDir
 from grpoforge.seeds import mix
+from grpoforge.shared_prefix import refused
 from grpoforge.sources import Row
 from grpoforge.streaming import StreamedPrompts
 from grpoforge.tracking import RunInfo
@@ -153,10 +157,12 @@ def make_evaluation(
     prompts = to_prompts(rows, policy.tokenizer, prompt_format(config, policy, sampler, examples))
     return Evaluation(
         prompts=prompts,
+        question=config.data.prompt,
         sampler=sampler,
         rewards=[bind_reward(reward, list(prompts[0].columns)) for reward in rewards],
         correctness=correctness,
         samples=config.eval.samples,
+        ks=config.eval.k or default_k(config.eval.samples),
         batch_size=config.eval.batch_size,
         seed=mix(config.seed, 2),
         workers=workers,
@@ -165,8 +171,26 @@ def make_evaluation(
     )
 
 
+def share_prefix(config: Config, policy: Policy) -> None:
+    """Let the policy compute each prompt once per group, or note why it does not.
+
+    Raises:
+        ModelError: ``batch.shared_prefix`` is ``on`` and the model cannot.
+    """
+    obstacle = policy.share_prefix(config.batch.shared_prefix)
+    if obstacle and config.batch.shared_prefix == "on":
+        raise refused(obstacle)
+    if obstacle:
+        policy.notes += (f"every prompt is computed once per completion: {obstacle}",)
+
+
 def make_engine(config: Config, algorithm: Algorithm, policy: Policy, workers: Workers, total_updates: int) -> Engine:
-    """Optimizer, schedule and reference around the policy."""
+    """Optimizer, schedule and reference around the policy.
+
+    Raises:
+        ModelError: see `share_prefix`.
+    """
+    share_prefix(config, policy)
     optimizer = torch.optim.AdamW(
         policy.trainable(),
         lr=config.optim.learning_rate,
@@ -236,6 +260,7 @@ def make_algorithm(config: Config, parts: Parts, sampler: Sampler, columns: Sequ
         max_grad_norm=config.optim.max_grad_norm,
         mask_truncated=batch.mask_truncated_completions,
         top_entropy_quantile=batch.top_entropy_quantile,
+        old_logprobs=OldLogprobs(batch.old_logprobs, batch.sampler_tolerance),
     )
 
 
@@ -298,6 +323,7 @@ def assemble(
         trackers=trackers,
         components={"prompts": train, **named_components(algorithm, evaluation, trackers)},
         run_dir=run_dir,
+        learners=learners(algorithm),
         step_finished=step_hook(host) if workers.is_main else lambda report: None,
     )
 
@@ -335,6 +361,13 @@ def named_components(algorithm: Algorithm, evaluation: Evaluation, trackers: Seq
     named |= {f"reward {reward.name}": reward.function for reward in algorithm.drawing.rewards}
     named |= {f"evaluation reward {reward.name}": reward.function for reward in evaluation.rewards}
     return named | {f"tracker {type(tracker).__name__}": tracker for tracker in trackers}
+
+
+def learners(algorithm: Algorithm) -> list[tuple[str, Learner]]:
+    """The components that learn from finished steps, each with its name. Those of evaluation only measure."""
+    named: list[tuple[str, Any]] = [(reward.name, reward.function) for reward in algorithm.drawing.rewards]
+    named += [("sampler", algorithm.drawing.sampler), ("advantage", algorithm.advantage.function)]
+    return [(name, part) for name, part in [*named, ("loss", algorithm.objective.loss)] if isinstance(part, Learner)]
 
 
 def step_hook(host: PluginHost) -> Callable[[StepReport], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from grpoforge.binding import bind
@@ -23,7 +24,8 @@ def check_together(
         ConfigError: a correction given twice, or two that look at different temperatures; a group too small for the
             advantage, or no multiple of what sampler or advantage take together; a batch that one of them refuses; a
             KL estimator that reads the whole vocabulary is to be a reward, or to be kept for a whole minibatch; a
-            sequence-level loss with a token-level correction; a target for a KL that is off.
+            sequence-level loss with a token-level correction; a target for a KL that is off; the
+            sampler's log-probs as old ones where something reads more.
         PluginError: a component asks for data that it cannot be given.
     """
     bind("advantage", advantage)
@@ -33,6 +35,7 @@ def check_together(
     check_samples(config, sampler)
     _check_kl(config, kl)
     _check_memory(config, loss, kl)
+    _check_old(config)
     names = [name for name, _ in corrections]
     for name, correction in corrections:
         if names.count(name) > 1:
@@ -43,6 +46,25 @@ def check_together(
         bind("correction", correction)
         _check_levels(config, loss, name, correction)
     _check_targets(config, corrections)
+
+
+def check_rewards(rewards: Sequence[tuple[str, Any, float]], origin: str = "") -> None:
+    """Refuse a reward that learns from the others of the run where no other one counts.
+
+    Args:
+        rewards: name, component and weight of each.
+        origin: where the choice of rewards came from, as the end of a sentence.
+
+    Raises:
+        ConfigError: it would have nothing to learn from, and would never score anything.
+    """
+    for name, reward, _ in rewards:
+        others = [weight for other, _, weight in rewards if other != name]
+        if declared(reward, "learns_from_others", False) and not any(others):
+            raise ConfigError(
+                f"reward `{name}` learns from the other rewards of the run, and none has a weight{origin}",
+                "add one, such as `--reward math`",
+            )
 
 
 def _check_group(config: Config, advantage: Any) -> None:
@@ -149,6 +171,20 @@ def _check_memory(config: Config, loss: Any, kl: Any) -> None:
         f"KL estimator `{config.kl.name}` would keep the whole vocabulary at each of their tokens",
         f"use an estimator of sampled tokens such as `k2`, or `--set batch.micro_batch_size={config.minibatch_size}`",
     )
+
+
+def _check_old(config: Config) -> None:
+    reads_more = {
+        "`batch.top_entropy_quantile` reads the policy's entropy": config.batch.top_entropy_quantile < 1,
+        "corrections compare them with the sampler's": bool(config.corrections),
+        "`kl.placement: reward` charges for them": config.kl.beta > 0 and config.kl.placement == "reward",
+    }
+    reasons = [reason for reason, holds in reads_more.items() if holds]
+    if config.batch.old_logprobs == "sampler" and reasons:
+        raise ConfigError(
+            f"`batch.old_logprobs` is `sampler`{config.origins.of('batch', 'old_logprobs')}, and {reasons[0]}",
+            "use `--set batch.old_logprobs=auto`",
+        )
 
 
 def _check_levels(config: Config, loss: Any, name: str, correction: Any) -> None:

@@ -185,6 +185,15 @@ class BatchConfig(Section):
     """Leave completions that were cut at the length limit out of the loss."""
     top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the tokens, those of highest entropy, that the policy loss is taken on."""
+    shared_prefix: Literal["auto", "on", "off"] = "auto"
+    """Compute each prompt once per group, and no padding. ``auto``: where the model allows it and it saves work;
+    ``on``: always, or fail; ``off``: never. Changes speed, memory and rounding."""
+    old_logprobs: Literal["auto", "recompute", "sampler"] = "auto"
+    """Where old log-probs come from. ``recompute``: a pass over the batch; ``sampler``: what the sampler reported,
+    where that is the policy's; ``auto``: the update itself where it is one optimizer step, else the sampler in fp32."""
+    sampler_tolerance: Annotated[float, Field(ge=0)] = 1e-4
+    """Largest gap between the sampler's log-prob of a token and the policy's at which the sampler's are taken; checked
+    on some rows of each step."""
 
 
 class OptimConfig(Section):
@@ -213,6 +222,8 @@ class EvalConfig(Section):
     """The reward that says whether a completion is right (1.0 is right); by default the run's first reward."""
     samples: NonNegative = 0
     """Completions per problem drawn as in training, beside the greedy one; 0 for none."""
+    k: list[Positive] | None = None
+    """Of pass@k and maj@k; by default 1, 2, 4, ... and ``samples``."""
     batch_size: Positive = 256
     """Completions decoded at a time."""
     metric: str = "eval_pass@1"
@@ -247,7 +258,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     rewards: list[RewardPart] = Field(default_factory=lambda: [RewardPart(name="math")])
-    sampler: Part = Part(name="hf")
+    sampler: Part = Part(name="native")
     advantage: Part = Part(name="group")
     loss: Part = Part(name="clip")
     kl: KLPart = KLPart(name="k3")
@@ -336,6 +347,21 @@ def check_batch(config: Config) -> None:
             f"`batch.micro_batch_size` is {micro}{origins.of('batch', 'micro_batch_size')}, more than the "
             f"{config.minibatch_size} completions of a minibatch",
             f"use at most {config.minibatch_size}",
+        )
+
+
+def check_samples(config: Config) -> None:
+    """Refuse a ``k`` of pass@k that is more than the completions there are of a problem.
+
+    Raises:
+        ConfigError: ``eval.k`` goes beyond ``eval.samples``.
+    """
+    largest, samples = max(config.eval.k or [0]), config.eval.samples
+    if largest > samples:
+        raise ConfigError(
+            f"`eval.k` has {largest}{config.origins.of('eval', 'k')}, and there are {samples} samples of each problem"
+            f"{config.origins.of('eval', 'samples')}",
+            f"draw at least {largest} (`--set eval.samples={largest}`), or leave {largest} out",
         )
 
 

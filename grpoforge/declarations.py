@@ -14,7 +14,14 @@ A class states a fact as a class attribute, a function through `declares`. Known
                          asked for that while training, and for ``test`` by ``grpoforge eval`` only
     ``unbiased``         KL estimator: its mean over the policy is the KL
     ``right_in_reward``  KL estimator: as a reward its policy gradient is that of the KL
+    ``answer_of``        reward: the final answer that a completion states; see below
+    ``learns_from_others``  reward: whether the other rewards of the run are what it learns from
     ``kernel_form``      loss, KL estimator: what it is called among the fused kernels
+
+``answer_of(text: str) -> str | None`` is the final answer of a completion in one written form, None when none can be
+read. A measurement tells by it a wrong answer from an unreadable one, and counts votes: two completions of one problem
+answer the same when their strings are equal. What counts as an answer may depend on options, so ask the component that
+was built: ``declared(reward.function, "answer_of")``. It is pure and never raises.
 """
 
 from __future__ import annotations

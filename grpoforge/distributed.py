@@ -7,9 +7,11 @@ averaged: the gradient is that of one process with all the rows.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -80,6 +82,18 @@ class Workers:
         gathered = everyone.to(device)
         dist.all_reduce(gathered)
         return gathered.to(rows.device)
+
+    def gather_values(self, values: Sequence[Any]) -> list[Any]:
+        """The JSON ``values`` of every rank, rank after rank. One process gets them back as JSON has them, too.
+
+        Raises:
+            TypeError, ValueError: a value that JSON has no type for.
+        """
+        # A line each, in ASCII: lines are joined as their bytes are.
+        lines = bytearray("".join(json.dumps(value, allow_nan=False) + "\n" for value in values).encode())
+        # A tensor of no bytes cannot be made from a buffer.
+        mine = torch.frombuffer(lines, dtype=torch.uint8) if lines else torch.empty(0, dtype=torch.uint8)
+        return [json.loads(line) for line in self.gather(mine).numpy().tobytes().splitlines()]
 
     def from_main(self, text: str) -> str:
         """The main rank's ``text``, on every rank: for what only one may decide, such as a folder's name."""

@@ -13,7 +13,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -37,7 +37,8 @@ from grpoforge.metrics import (
     temperature_totals,
 )
 from grpoforge.objective import Frozen, Objective, Update, sampled_kl
-from grpoforge.policy import Policy, Reference, micro_batched
+from grpoforge.old_logprobs import OldLogprobs
+from grpoforge.policy import FrozenCopy, Policy, Reference, micro_batched
 from grpoforge.reduction import ReductionName, count, token_weights
 from grpoforge.scoring import ledger
 from grpoforge.seeds import mix
@@ -69,6 +70,13 @@ class Algorithm:
     """Leave completions that were cut at the length limit out of the loss."""
     top_entropy_quantile: float
     """Share of the tokens, those with the highest entropy, that the policy loss is taken on; 1 for all."""
+    old_logprobs: OldLogprobs = field(default_factory=OldLogprobs)
+    """Where the old log-probs come from."""
+
+    @property
+    def reads_old_early(self) -> bool:
+        """True when something needs the old log-probs or their entropy before the update."""
+        return self.kl_penalty is not None or self.top_entropy_quantile < 1.0 or bool(self.objective.corrections)
 
 
 class Stopwatch:
@@ -124,7 +132,7 @@ class Engine:
         rollouts, scores, drawn = part.drawing(self.policy, prompts, more, seed, watch.lap)
         pad = self.policy.tokenizer.pad_token_id
         batch = collate(rollouts, pad_token_id=pad, mask_truncated=part.mask_truncated).to(self.policy.device)
-        old, reference = self.freeze(batch, meter)
+        old, reference, pending = self.before_update(batch, rollouts, meter)
         target = self.at_target(batch)
         watch.lap("logprobs")
         scores = self.penalize(scores, batch, old.logprobs, reference, meter)
@@ -135,6 +143,7 @@ class Engine:
             advantages=advantages.reshape(-1).to(batch.temperatures),
             weights=self.high_entropy(old.entropy, batch.completion_mask),
             target=target,
+            pending=pending,
         )
         watch.lap("reward")
         for rows in self.minibatches(batch.num_rows, seed):
@@ -154,15 +163,54 @@ class Engine:
         )
 
     @torch.no_grad()
+    def before_update(
+        self, batch: Batch, rollouts: Rollouts, meter: Meter
+    ) -> tuple[TokenLogprobs, Tensor, tuple[str, ...]]:
+        """`freeze`, without the passes whose answer is known, and which of the two only the update will tell."""
+        part, num_updates = self.algorithm, len(list(self.minibatches(batch.num_rows, seed=0)))
+        old = TokenLogprobs(logprobs=batch.sampling_logprobs, entropy=torch.zeros_like(batch.sampling_logprobs))
+        if part.old_logprobs.may_come_from_update(num_updates=num_updates, is_read_before=part.reads_old_early):
+            if self.reference_is_policy:
+                return old, old.logprobs, ("old", "reference")
+            return old, self.reference_logprobs(batch, old.logprobs), ("old",)
+        found = None
+        if not part.reads_old_early:
+            found = part.old_logprobs.from_sampler(self.policy, batch, rollouts, part.micro_batch_size)
+        if found is None:
+            return *self.freeze(batch, meter), ()
+        self.report_sampling(found, meter)
+        return old, self.reference_logprobs(batch, old.logprobs), ()
+
+    @torch.no_grad()
     def freeze(self, batch: Batch, meter: Meter) -> tuple[TokenLogprobs, Tensor]:
         """What the policy and the reference say of the whole batch before the policy moves."""
-        micro = self.algorithm.micro_batch_size
-        old = self.policy.frozen_logprobs(batch, micro)
-        reference = old if self.reference is None else micro_batched(self.reference.logprobs, batch, micro)
-        total, count, largest = sampling_difference(batch, old.logprobs)
-        meter.add("sampling/sampling_logp_difference/mean", total, count)
-        meter.add("sampling/sampling_logp_difference/max", largest)
-        return old, reference.logprobs
+        old = self.policy.frozen_logprobs(batch, self.algorithm.micro_batch_size)
+        self.report_sampling(sampling_difference(batch, old.logprobs), meter)
+        return old, self.reference_logprobs(batch, old.logprobs)
+
+    @property
+    def reference_is_policy(self) -> bool:
+        """True without a reference, and while the policy has not moved away from the copy that is its reference."""
+        reference = self.reference
+        return reference is None or (isinstance(reference, FrozenCopy) and reference.equals(self.policy))
+
+    def reference_logprobs(self, batch: Batch, old: Tensor) -> Tensor:
+        """What the reference says of the whole batch, given what the policy says."""
+        if self.reference is None or self.reference_is_policy:
+            return old
+        return micro_batched(self.reference.logprobs, batch, self.algorithm.micro_batch_size).logprobs
+
+    def report_sampling(self, difference: tuple[float, float, float], meter: Meter) -> None:
+        """Report how far the sampler's log-probs are from the policy's: (sum, count, maximum)."""
+        meter.add("sampling/sampling_logp_difference/mean", *difference[:2])
+        meter.largest("sampling/sampling_logp_difference/max", difference[2])
+
+    def settle(self, batch: Batch, frozen: Frozen, current: TokenLogprobs, meter: Meter) -> Frozen:
+        """``frozen`` with what only this forward pass could tell: before it moves, the policy is its own old policy."""
+        if not frozen.pending:
+            return frozen
+        self.report_sampling(sampling_difference(batch, current.logprobs.detach()), meter)
+        return frozen.settled(current.logprobs.detach())
 
     def at_target(self, batch: Batch) -> Tensor | None:
         """The policy's log-probs with all rows at the temperature that a correction asks for; None where none does."""
@@ -273,17 +321,21 @@ class Engine:
         """Add the gradient of one micro-batch; returns its part of the loss."""
         objective = self.algorithm.objective
         if objective.needs_distributions:
-            assert self.reference is not None
-            current, distribution = self.policy.distributions(batch)
-            with torch.no_grad():
-                _, ref_distribution = self.reference.distributions(batch)
-            distributions = {"distribution": distribution, "ref_distribution": ref_distribution}
-            loss = objective(batch, frozen, weights, current, update, distributions)
-            loss.backward()  # type: ignore[no-untyped-call]
-            return float(loss.detach())
+
+            def on_distributions(current: TokenLogprobs, distribution: Tensor) -> Tensor:
+                assert self.reference is not None
+                with torch.no_grad():
+                    _, ref_distribution = self.reference.distributions(batch)
+                distributions = {"distribution": distribution, "ref_distribution": ref_distribution}
+                settled = self.settle(batch, frozen, current, update.meter)
+                return objective(batch, settled, weights, current, update, distributions)
+
+            return self.policy.backward_distributions(batch, on_distributions)
 
         def on_rows(rows: slice, current: TokenLogprobs) -> Tensor:
-            return objective(batch.rows(rows), frozen.rows(rows), weights[rows], current, update)
+            part = batch.rows(rows)
+            settled = self.settle(part, frozen.rows(rows), current, update.meter)
+            return objective(part, settled, weights[rows], current, update)
 
         return self.policy.backward(batch, on_rows)
 
@@ -297,7 +349,8 @@ class Engine:
         whole = self.policy.frozen_logprobs(batch, micro)
         logprobs, entropy = whole.logprobs.requires_grad_(), whole.entropy.requires_grad_()
         current = TokenLogprobs(logprobs=logprobs, entropy=entropy)
-        loss = self.algorithm.objective(batch, frozen, weights, current, update)
+        settled = self.settle(batch, frozen, current, update.meter)
+        loss = self.algorithm.objective(batch, settled, weights, current, update)
         gradients = torch.autograd.grad(loss, [logprobs, entropy], allow_unused=True, materialize_grads=True)
         for rows in split(batch.num_rows, micro):
             upstream = [gradient[rows] for gradient in gradients]

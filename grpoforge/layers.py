@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from grpoforge.config import Config, Origins, Part, check_batch
+from grpoforge.config import Config, Origins, Part, check_batch, check_samples
 from grpoforge.errors import ConfigError, suggest
 
 SEE_DEFAULTS = "see `grpoforge recipes show tiny-math --json` for every key"
@@ -36,6 +36,7 @@ def build(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> Config:
     except ValidationError as failure:
         raise _explain(failure, merged, origins) from None
     check_batch(config)
+    check_samples(config)
     return config
 
 

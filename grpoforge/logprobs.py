@@ -7,11 +7,14 @@ else, and never to more of them at a time than `LOGITS_BYTES` of logits:
 - with gradient, head trained: in runs of whole rows, whose part of the objective is taken and driven back into the
   hidden states before the next run;
 - with gradient, head frozen (LoRA): over slices of the vocabulary, which keeps no logits at all.
+
+The trunk sees each prompt once per group and no padding, where it can be run so (`grpoforge.shared_prefix`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +24,7 @@ from torch import Tensor
 from grpoforge.collate import split
 from grpoforge.head import Head, find_head
 from grpoforge.precision import Precision
+from grpoforge.shared_prefix import SharedPrefix, SharedPrefixMode
 from grpoforge.types import Batch, TokenLogprobs
 from grpoforge_kernels import ops
 
@@ -29,6 +33,9 @@ LOGITS_BYTES = 2**28
 
 OnRows = Callable[[slice, TokenLogprobs], Tensor]
 """The objective of some rows of a batch, given what the policy says of them: a scalar with gradient."""
+
+OnDistributions = Callable[[TokenLogprobs, Tensor], Tensor]
+"""The objective of a batch, given its log-probs and those of all the vocabulary, ``[N, V]``: a scalar with gradient."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +96,16 @@ class CausalForward:
     Where its head cannot be told from its trunk (`grpoforge.head`), all logits are made and the needed ones gathered.
     """
 
-    def __init__(self, model: Any, precision: Precision) -> None:
+    def __init__(self, model: Any, precision: Precision, shared_prefix: SharedPrefixMode = "auto") -> None:
         self.model = model
         self.precision = precision
         self.head = find_head(model, precision)
+        self.prefix = SharedPrefix(self.head.trunk if self.head else None, precision, shared_prefix)
 
     def logprobs(self, batch: Batch) -> TokenLogprobs:
         """Log-prob and entropy of each completion token, ``[b, T]``, 0 where masked."""
         places = Places.of(batch)
-        outputs = self.outputs(batch, places)
+        outputs = self._outputs_to_keep(batch, places)
         if outputs.requires_grad or self.head is None:
             return places.rectangles(self.stats(outputs, places.ids, places.temperatures))
         runs = split(len(outputs), self.tokens_at_a_time(self.head)) or [slice(0, 0)]
@@ -107,25 +115,53 @@ class CausalForward:
     def distributions(self, batch: Batch) -> tuple[TokenLogprobs, Tensor]:
         """`logprobs`, and the log-probs of the whole vocabulary at the ``N`` real tokens, ``[N, V]``, row-major."""
         places = Places.of(batch)
-        logits = self.logits(self.outputs(batch, places))
+        return self._tables(self._outputs_to_keep(batch, places), places)
+
+    def _tables(self, outputs: Tensor, places: Places) -> tuple[TokenLogprobs, Tensor]:
+        logits = self.logits(outputs)
         scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / places.temperatures[:, None].to(logits)
         stats = ops.selective_log_softmax(scaled, places.ids, 1.0)
         return places.rectangles(stats), scaled.log_softmax(dim=1)
 
+    def backward_distributions(self, batch: Batch, on_distributions: OnDistributions) -> float:
+        """As `backward`, for an objective that reads the whole vocabulary at every token."""
+        places = Places.of(batch)
+        with self._forwarded(batch, places) as outputs:
+            loss = on_distributions(*self._tables(outputs, places))
+            loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
     def backward(self, batch: Batch, on_rows: OnRows) -> float:
         """Add the gradient of ``on_rows`` over all rows of ``batch`` to the parameters; returns its value."""
         places = Places.of(batch)
-        outputs = self.outputs(batch, places)
+        with self._forwarded(batch, places) as outputs:
+            loss = self._objective(batch, outputs, places, on_rows)
+            loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    def _objective(self, batch: Batch, outputs: Tensor, places: Places, on_rows: OnRows) -> Tensor:
         head, everything = self.head, slice(0, batch.num_rows)
         if head is None or len(outputs) <= self.tokens_at_a_time(head):
-            loss = on_rows(everything, places.rectangles(self.stats(outputs, places.ids, places.temperatures)))
-        elif head.is_trained:
-            loss = self._in_runs(head, outputs, places, on_rows)
-        else:
-            asked = (outputs, head.weight_like(outputs), places.ids, places.temperatures)
-            loss = on_rows(everything, places.rectangles(ops.linear_logprobs(*asked, **head.options(outputs))))
-        loss.backward()  # type: ignore[no-untyped-call]
-        return float(loss.detach())
+            return on_rows(everything, places.rectangles(self.stats(outputs, places.ids, places.temperatures)))
+        if head.is_trained:
+            return self._in_runs(head, outputs, places, on_rows)
+        asked = (outputs, head.weight_like(outputs), places.ids, places.temperatures)
+        return on_rows(everything, places.rectangles(ops.linear_logprobs(*asked, **head.options(outputs))))
+
+    @contextlib.contextmanager
+    def _forwarded(self, batch: Batch, places: Places) -> Iterator[Tensor]:
+        """`outputs`, or the same from packed rows; the backward pass belongs inside."""
+        with contextlib.ExitStack() as held:
+            with self.precision.context(batch.completion_ids.device):
+                hidden = self.prefix.hidden(batch, held)
+            yield self.outputs(batch, places) if hidden is None else hidden.to(self.precision.computed)
+
+    def _outputs_to_keep(self, batch: Batch, places: Places) -> Tensor:
+        """`outputs` that outlive this call: packed only without gradient, whose backward pass would come too late."""
+        if torch.is_grad_enabled():
+            return self.outputs(batch, places)
+        with self._forwarded(batch, places) as outputs:
+            return outputs
 
     def _in_runs(self, head: Head, hidden: Tensor, places: Places, on_rows: OnRows) -> Tensor:
         runs = [run for run in places.runs(self.tokens_at_a_time(head)) if run[1].start < run[1].stop]

@@ -6,6 +6,7 @@ objective = sum(weights * per token), weights fixed once per optimizer step     
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,8 @@ class Frozen:
     """``[B, T]``: factor on each token's policy loss, 1 or 0 (the high-entropy-token mask)."""
     target: Tensor | None = None
     """``[B, T]``: ``old`` at the temperature that a correction compares with; None where no correction does."""
+    pending: tuple[str, ...] = ()
+    """Which of ``old`` and ``reference`` are the policy of the update's own forward pass; they mean nothing before."""
 
     def rows(self, index: Tensor | slice) -> Frozen:
         """The rows at ``index``, in that order."""
@@ -43,7 +46,12 @@ class Frozen:
             advantages=self.advantages[index],
             weights=self.weights[index],
             target=None if self.target is None else self.target[index],
+            pending=self.pending,
         )
+
+    def settled(self, current: Tensor) -> Frozen:
+        """With what was pending: log-probs ``[B, T]`` of the policy, which has not moved, without gradient."""
+        return dataclasses.replace(self, pending=(), **dict.fromkeys(self.pending, current))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

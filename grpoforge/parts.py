@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grpoforge.choice import NOWHERE, Chosen, ChosenReward, choose, with_options
-from grpoforge.combinations import check_together
+from grpoforge.combinations import check_rewards, check_together
 from grpoforge.config import Config, Origins, Part, RewardPart
 from grpoforge.data import Example
 from grpoforge.errors import ConfigError, suggest
@@ -73,6 +73,7 @@ def resolve(config: Config, host: PluginHost) -> Parts:
     """
     measured, correctness = choose_measured(config, host)
     origins = config.origins
+    check_rewards([(one.name, one.chosen.component.factory, one.weight) for one in measured], origins.of("rewards"))
     parts = {kind: choose(kind, part, host, origins, (kind,)) for kind, part in _single_parts(config).items()}
     corrections = [choose("correction", one, host, origins, ("corrections", one.name)) for one in config.corrections]
     built: dict[str, Any] = {kind: _built(chosen, origins, kind) for kind, chosen in parts.items()}

@@ -16,8 +16,9 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from grpoforge.collate import split
 from grpoforge.errors import CheckpointError
-from grpoforge.logprobs import CausalForward, OnRows
+from grpoforge.logprobs import CausalForward, OnDistributions, OnRows
 from grpoforge.precision import Precision
+from grpoforge.shared_prefix import SharedPrefixMode
 from grpoforge.types import Batch, TokenLogprobs
 
 
@@ -75,6 +76,14 @@ class Policy:
         disable_dropout(model)
         self.forward = CausalForward(model, precision)
 
+    def share_prefix(self, mode: SharedPrefixMode) -> str:
+        """Choose whether batches are packed with each prompt once; returns why this model is not, else nothing.
+
+        The reference of a later `freeze` does as the policy does.
+        """
+        self.forward = CausalForward(self.model, self.precision, mode)
+        return "" if mode == "off" else self.forward.prefix.obstacle()
+
     @property
     def device(self) -> torch.device:
         device: torch.device = next(self.model.parameters()).device
@@ -111,6 +120,10 @@ class Policy:
         """Add the gradient of ``on_rows`` over the rows of ``batch`` to the parameters; returns its value."""
         return self.forward.backward(batch, on_rows)
 
+    def backward_distributions(self, batch: Batch, on_distributions: OnDistributions) -> float:
+        """As `backward`, for an objective that reads `distributions`."""
+        return self.forward.backward_distributions(batch, on_distributions)
+
     @torch.no_grad()
     def frozen_logprobs(self, batch: Batch, micro_batch_size: int) -> TokenLogprobs:
         """`logprobs` of all rows without gradient, ``micro_batch_size`` rows at a time."""
@@ -121,7 +134,8 @@ class Policy:
         if hasattr(self.model, "disable_adapter"):
             return AdapterDisabled(self)
         model = copy.deepcopy(self.model).requires_grad_(False).eval()
-        return FrozenCopy(CausalForward(model, self.precision))
+        forward = CausalForward(model, self.precision, self.forward.prefix.mode)
+        return FrozenCopy(forward, original=self, version=self.version)
 
     def save(self, folder: Path) -> None:
         """Write an ordinary Hugging Face folder: safetensors weights (or adapter), configuration, tokenizer."""
@@ -185,6 +199,13 @@ class FrozenCopy:
     """A copy of the model that never changes."""
 
     forward: CausalForward
+    original: Policy
+    version: int
+    """Of the policy when it was copied."""
+
+    def equals(self, policy: Policy) -> bool:
+        """True while ``policy`` is the one that was copied and has not moved since."""
+        return policy is self.original and policy.version == self.version
 
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> TokenLogprobs:

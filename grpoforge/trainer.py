@@ -18,9 +18,10 @@ import torch
 
 from grpoforge.data import PromptSource
 from grpoforge.engine import Engine
-from grpoforge.errors import CheckpointError, ConfigError, Interrupted, RunFailed, suggest
+from grpoforge.errors import CheckpointError, ConfigError, GrpoforgeError, Interrupted, RunFailed, suggest
 from grpoforge.evaluation import Evaluation
 from grpoforge.interrupt import Interruption
+from grpoforge.learner import Learner
 from grpoforge.run_dir import RunDir
 from grpoforge.saver import Progress, Saver
 from grpoforge.seeds import mix
@@ -64,6 +65,7 @@ class Trainer:
         components: Mapping[str, Any],
         run_dir: RunDir,
         step_finished: Callable[[StepReport], None],
+        learners: Sequence[tuple[str, Learner]] = (),
     ) -> None:
         self.engine = engine
         self.train = train
@@ -73,6 +75,8 @@ class Trainer:
         self.components = components
         self.run_dir = run_dir
         self.step_finished = step_finished
+        self.learners = learners
+        """Components that learn from finished steps, each with its name."""
         self.progress = Progress()
         self._saver = Saver(engine=engine, components=components, run_dir=run_dir, keep_last=schedule.keep_last)
         self._finished_version = engine.policy.version
@@ -169,11 +173,32 @@ class Trainer:
             seed=mix(self.schedule.seed, step, workers.rank),
             more=lambda draw: self.train.extra(step, draw, size)[share],
         )
+        report = self._teach(report)
         seconds = time.perf_counter() - start
         self.progress.step += 1
         self.progress.seconds += seconds
         self._finished_version = self.engine.policy.version
         self._publish(report, seconds)
+
+    def _teach(self, report: StepReport) -> StepReport:
+        """Let the components that learn learn from the step; returns its report with what they measured.
+
+        Raises:
+            RunFailed: one of them failed; the step counts as not taken, so that resuming teaches it again.
+        """
+        if not self.learners:
+            return report
+        start = time.perf_counter()
+        metrics = dict(report.metrics)
+        for name, learner in self.learners:
+            try:
+                lessons = self.engine.workers.gather_values(learner.lessons(report, name))
+                metrics |= learner.learn(lessons)
+            except GrpoforgeError:
+                raise
+            except Exception as error:  # the boundary: a component is foreign code
+                raise failed(f"`{name}`, learning from step {report.step},", error) from error
+        return dataclasses.replace(report, metrics=metrics | {"time/learn": time.perf_counter() - start})
 
     def _publish(self, report: StepReport, seconds: float) -> None:
         workers = self.engine.workers

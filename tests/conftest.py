@@ -280,3 +280,45 @@ def _flat_gradient() -> Callable[[Policy], torch.Tensor]:
 @pytest.fixture(scope="session")
 def given_rollouts() -> type[GivenRollouts]:
     return GivenRollouts
+
+
+def save_classifier(folder: Path, *, num_labels: int = 1, pad: bool = True, chat_template: str | None = None) -> Path:
+    """A folder with a BERT classifier of random weights over printable ASCII, that reads 96 tokens at most."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordPiece
+    from tokenizers.pre_tokenizers import BertPreTokenizer
+    from tokenizers.processors import TemplateProcessing
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    letters = [chr(code) for code in range(33, 127)]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *("##" + letter for letter in letters)]
+    model = Tokenizer(WordPiece({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    model.pre_tokenizer = BertPreTokenizer()
+    model.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=model, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", model_max_length=96,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"], chat_template=chat_template,
+        **({"pad_token": "[PAD]"} if pad else {}),
+    )  # fmt: skip
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=96, num_labels=num_labels, initializer_range=0.2, hidden_dropout_prob=0.5,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", name="save_classifier")
+def _save_classifier() -> Callable[..., Path]:
+    return save_classifier
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a sequence classifier of one label."""
+    return save_classifier(tmp_path_factory.mktemp("classifier"))

@@ -37,6 +37,7 @@ from grpoforge_plugins.kl.full import full
 from grpoforge_plugins.kl.schulman import k1
 from grpoforge_plugins.losses.clip import Clip
 from grpoforge_plugins.losses.covariance import KLCov
+from grpoforge_plugins.preference.reward import Preference
 
 PROMPTS = [[5, 9, 3, 12], [7], [4, 4, 21], [6, 2]]
 COMPLETIONS: list[list[list[int]]] = [
@@ -128,6 +129,11 @@ def take_steps(build: dict[str, Any], workers: Workers) -> tuple[dict[str, torch
     return tensors, metrics
 
 
+def as_bytes(values: list[Any]) -> torch.Tensor:
+    """``values`` as JSON in a tensor, which is what processes hand to the test."""
+    return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
+
+
 def gather_ragged(build: dict[str, Any], workers: Workers) -> dict[str, torch.Tensor]:
     """Rows of every process, of which there are not equally many; and the tokens of highest entropy."""
     num_rows = 4 - 3 * workers.rank
@@ -140,9 +146,27 @@ def gather_ragged(build: dict[str, Any], workers: Workers) -> dict[str, torch.Te
     return {
         "rows": workers.gather(rows),
         "whole numbers": workers.gather(torch.arange(3 * workers.rank)),
+        "values": as_bytes(workers.gather_values([] if workers.rank == 0 else ["é \u2028\n", "", {"z": [1.5]}])),
+        "more values": as_bytes(workers.gather_values([f"rank {workers.rank}"])),
         "entropy": workers.gather(entropy[mask]),
         "high": workers.gather(engine.high_entropy(entropy, mask)[mask]),
     }
+
+
+WORDS = ["one", "two", "three", "four", "five", "six"]
+
+
+def learn_preferences(workers: Workers) -> tuple[dict[str, torch.Tensor], list[Any]]:
+    """Weights of a preference model that is taught pairs of every process, and the pairs of its last step."""
+    reward = Preference(hidden_size=32, num_layers=1, batch_size=4, updates=2, learning_rate=1e-2)
+    everyone: list[Any] = []
+    for step in range(3):
+        lessons = [[f"step {step}", f"{word} good", f"{word} bad", 1.0] for word in WORDS]
+        # The last step has pairs in one process only.
+        mine = lessons[:1] * (workers.rank == 0) if step == 2 else lessons[workers.share(len(lessons))]
+        everyone = workers.gather_values(mine)
+        reward.learn(everyone)
+    return {f"learned/{name}": value for name, value in reward.state_dict()["weights"].items()}, everyone
 
 
 def take_part(workers: Workers) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -151,6 +175,8 @@ def take_part(workers: Workers) -> tuple[dict[str, torch.Tensor], dict[str, Any]
     tensors, metrics = take_updates(build, workers)
     steps, reports = take_steps(build, workers)
     gathered = gather_ragged(build, workers)
+    learned, metrics["lessons"] = learn_preferences(workers)
+    gathered |= learned
     tensors |= {f"step/{name}": tensor for name, tensor in steps.items()}
     tensors |= {f"gathered/{name}": tensor for name, tensor in gathered.items()}
     metrics |= {f"step/{name}": report for name, report in reports.items()}
@@ -271,7 +297,27 @@ def test_rows_of_all_processes_are_gathered_in_order(one: Any, two: Any) -> None
     for tensors, _ in two:
         assert tensors["gathered/rows"].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7], [100, 101]]
         assert tensors["gathered/whole numbers"].tolist() == [0, 1, 2], "one process had none"
+        assert json.loads(bytes(tensors["gathered/values"].tolist())) == ["é \u2028\n", "", {"z": [1.5]}], (
+            "one process had none"
+        )
+        assert json.loads(bytes(tensors["gathered/more values"].tolist())) == ["rank 0", "rank 1"]
         torch.testing.assert_close(tensors["gathered/entropy"], one[0]["gathered/entropy"], rtol=0, atol=1e-12)
+
+
+def test_what_learns_from_steps_is_the_same_model_in_every_process(one: Any, two: Any) -> None:
+    names = [name for name in one[0] if name.startswith("gathered/learned/")]
+    assert len(names) > 20
+    for tensors, metrics in two:
+        assert metrics["lessons"] == one[1]["lessons"] == [["step 2", "one good", "one bad", 1.0]]
+        assert all(tensors[name].equal(one[0][name]) for name in names)
+
+
+def test_values_are_gathered_as_json_has_them() -> None:
+    values = [["é\n\u2028", 1.5, None], {"a": (1, 2)}, "\ud800"]
+    assert Workers().gather_values(values) == [["é\n\u2028", 1.5, None], {"a": [1, 2]}, "\ud800"]
+    assert Workers().gather_values([]) == []
+    with pytest.raises(ValueError):
+        Workers().gather_values([float("nan")])
 
 
 def test_the_tokens_of_highest_entropy_are_those_of_all_processes(one: Any, two: Any) -> None:

@@ -136,6 +136,7 @@ RUN = {
 EVERYTHING = {
     "sampler": {"name": "paired", "num_sample_pairs": 2},
     "advantage": {"name": "paired"},
+    "rewards": [{"name": "math"}, {"name": "brevity"}, {"name": "preference"}],
     "kl": {"target": 0.1},
     "corrections": [{"name": "tis"}],
     "entropy": {"target": 0.5},
@@ -173,8 +174,11 @@ def test_the_metrics_page_describes_the_metrics_of_a_run_and_no_others(run: Path
         json.loads(line) for path in (run, everything) for line in (path / "metrics.jsonl").read_text().splitlines()
     ]
     names = {name for line in lines for name in line} - {"step", "kind"}
-    written = {re.sub("rewards/[^/]+/", "rewards/{name}/", name).replace("mean@2", "mean@{K}") for name in names}
-    written = {re.sub("reward_T/[^/]+/", "reward_T/{temperature}/", name) for name in written}
+    placeholders = {"rewards/[^/]+/": "rewards/{name}/", "mean@2": "mean@{K}", "(pass|maj)@2": r"\1@{k}"}
+    placeholders |= {"reward_T/[^/]+/": "reward_T/{temperature}/"}
+    written = set(names)
+    for pattern, placeholder in placeholders.items():
+        written = {re.sub(pattern, placeholder, name) for name in written}
     assert written == described("Metrics", "Rollouts")
 
 

@@ -352,3 +352,66 @@ def test_a_failed_save_names_no_best(make: Callable[..., Trainer], caplog: pytes
         trainer.run()
     assert checkpoint.best(trainer.run_dir.checkpoints) == trainer.run_dir.checkpoints / "step-000002"
     assert len(caplog.messages) == 1 and caplog.messages[0].endswith("; training goes on")
+
+
+class Pupil:
+    """Learns the number of each step, and fails as it is told."""
+
+    def __init__(self, fails_at: int | None = None, error: Exception | None = None) -> None:
+        self.learned: list[Any] = []
+        self.fails_at, self.error = fails_at, error or ZeroDivisionError("by zero")
+
+    def lessons(self, report: StepReport, name: str) -> list[Any]:
+        return [[name, report.step, report.metrics["reward"]]]
+
+    def learn(self, lessons: Sequence[Any]) -> dict[str, float]:
+        if lessons[0][1] == self.fails_at:
+            raise self.error
+        self.learned += lessons
+        return {"pupil/lessons": float(len(self.learned))}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"learned": self.learned}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.learned = state["learned"]
+
+
+def taught(make: Callable[..., Trainer], pupil: Pupil, **schedule: Any) -> tuple[Trainer, Diary]:
+    diary = Diary()
+    trainer = make(diary, **schedule)
+    trainer.learners, trainer.components["pupil"] = [("pupil", pupil)], pupil
+    return trainer, diary
+
+
+def test_what_learns_is_told_of_each_step_before_it_is_reported_and_saved(make: Callable[..., Trainer]) -> None:
+    pupil = Pupil()
+    trainer, diary = taught(make, pupil, max_steps=3, checkpoint_every=1)
+    trainer.run()
+    assert pupil.learned == [["pupil", step, float(step)] for step in (1, 2, 3)]
+    assert [report.metrics["pupil/lessons"] for report in diary.reports] == [1.0, 2.0, 3.0]
+    assert all(report.metrics["time/learn"] >= 0 for report in diary.reports)
+    state = json.loads((trainer.run_dir.checkpoints / "step-000002/trainer_state.json").read_text())
+    assert len(state["components"]["pupil"]["learned"]) == 2
+
+
+def test_what_fails_to_learn_is_named_and_its_step_is_taken_again(make: Callable[..., Trainer]) -> None:
+    trainer, diary = taught(make, Pupil(fails_at=3), checkpoint_every=2)
+    with pytest.raises(RunFailed) as failed:
+        trainer.run()
+    assert failed.value.message.startswith("`pupil`, learning from step 3, failed: ZeroDivisionError: by zero at ")
+    assert failed.value.hint == "repair it, then continue with `grpoforge train --resume`"
+    # Step 3 moved the policy and was not learned from: nothing of it is kept.
+    assert saved(trainer) == [2] and [report.step for report in diary.reports] == [1, 2]
+    repaired = Pupil()
+    again, _ = taught(make, repaired)
+    again.restore(again.run_dir.checkpoints / "step-000002")
+    again.run()
+    assert [step for _, step, _ in repaired.learned] == [1, 2, 3, 4, 5]
+
+
+def test_what_a_user_can_mend_is_said_as_it_was(make: Callable[..., Trainer]) -> None:
+    trainer, _ = taught(make, Pupil(fails_at=1, error=ConfigError("no rewards", "add one")))
+    with pytest.raises(ConfigError) as refused:
+        trainer.run()
+    assert (refused.value.message, refused.value.hint) == ("no rewards", "add one")

@@ -1,29 +1,20 @@
-"""What `train` and `eval` print on stdout: the plan, the summary, an evaluation."""
+"""What `train` prints on stdout: the plan and the summary."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
 import sys
 from typing import TYPE_CHECKING
+
+from grpoforge.cli.tables import count_of as _count
+from grpoforge.cli.tables import make_console as _console
+from grpoforge.cli.tables import make_table as _table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rich.console import Console
-    from rich.table import Table
-
     from grpoforge.config import Config
-    from grpoforge.measure import Measurement
     from grpoforge.parts import Parts
     from grpoforge.types import RunSummary
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(file=sys.stdout, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def print_plan(config: Config, parts: Parts, memory: Sequence[str]) -> None:
@@ -128,44 +119,3 @@ SUMMARY_ROWS = (
     ("mean length", "eval_completions/mean_length", _tokens),
     ("reward", "eval_reward", "{:.3f}".format),
 )
-
-
-def print_evaluation(measured: Measurement, *, as_json: bool) -> None:
-    """What was measured, and its metrics, as a table or as JSON."""
-    if as_json:
-        sys.stdout.write(json.dumps(dataclasses.asdict(measured), indent=2) + "\n")
-        return
-    from grpoforge.sanitize import one_line
-
-    table = _table(one_line(f"{measured.model} on {measured.dataset}", max_chars=200))
-    table.show_header = False
-    table.add_column(justify="left")
-    table.add_column(justify="right")
-    table.add_row("problems", str(measured.num_problems))
-    table.add_row("right is what gets 1 from", one_line(measured.correctness, max_chars=200))
-    if measured.max_completion_length is not None:
-        table.add_row("longest completion", _count(measured.max_completion_length, "token"))
-    table.add_row("seed", str(measured.seed), end_section=True)
-    for name, value in measured.metrics.items():
-        table.add_row(name, f"{value:.4f}")
-    _console().print(table)
-
-
-def _table(title: str) -> Table:
-    """An empty table; of plain ASCII where the lines of a box may not arrive as such."""
-    from rich import box
-    from rich.table import Table
-
-    return Table(title=title, title_justify="left", box=box.HEAVY_HEAD if _shows_boxes() else box.ASCII)
-
-
-def _shows_boxes() -> bool:
-    encoding = (sys.stdout.encoding or "").lower().replace("-", "")
-    # Python writes UTF-8 in the C locale too, whatever the terminal can show.
-    locale = os.environ.get("LC_ALL") or os.environ.get("LANG", "")
-    return sys.stdout.isatty() and encoding == "utf8" and locale not in ("C", "POSIX")
-
-
-def _count(number: int, one: str, many: str = "") -> str:
-    """``1 step``, ``2 steps``."""
-    return f"{number} {one if number == 1 else many or one + 's'}"

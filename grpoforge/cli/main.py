@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from grpoforge import __version__
-from grpoforge.cli import data_command, plugins_command, recipes_command
+from grpoforge.cli import data_command, plugins_command, preference_command, recipes_command
 from grpoforge.cli.bench_command import bench
 from grpoforge.cli.eval_command import evaluate
 from grpoforge.cli.lab_command import lab
@@ -40,6 +40,7 @@ app.command("lab")(lab)
 app.add_typer(data_command.app, name="data")
 app.add_typer(plugins_command.app, name="plugins")
 app.add_typer(recipes_command.app, name="recipes")
+app.add_typer(preference_command.app, name="preference")
 
 
 def _show_version(wanted: bool) -> None:

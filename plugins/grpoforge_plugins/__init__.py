@@ -29,11 +29,18 @@ from grpoforge_plugins.losses.reinforce import DRO, TOPR, reinforce
 from grpoforge_plugins.losses.sapo import SAPO
 from grpoforge_plugins.losses.vespo import VESPO
 from grpoforge_plugins.policies import huggingface, size
+from grpoforge_plugins.preference.reward import Preference
 from grpoforge_plugins.rewards.brevity import brevity
 from grpoforge_plugins.rewards.format import format_reward
-from grpoforge_plugins.rewards.math import math
+from grpoforge_plugins.rewards.language import language
+from grpoforge_plugins.rewards.length import CosineLength
+from grpoforge_plugins.rewards.math import Math
 from grpoforge_plugins.rewards.overlong import soft_overlong
+from grpoforge_plugins.rewards.reasoning import reasoning
+from grpoforge_plugins.rewards.repetition import repetition
+from grpoforge_plugins.rewards.reward_model import RewardModel
 from grpoforge_plugins.samplers.hf import HFSampler
+from grpoforge_plugins.samplers.native import NativeSampler
 from grpoforge_plugins.samplers.paired import PairedSampler
 from grpoforge_plugins.trackers.console import Console
 from grpoforge_plugins.trackers.jsonl import Jsonl
@@ -47,14 +54,21 @@ if TYPE_CHECKING:
 
 @hookimpl
 def register_rewards(register: Any) -> None:
-    register("math", math, weight=1.0)
+    register("math", Math, weight=1.0)
+    register("reasoning", reasoning, weight=0.5)
     register("brevity", brevity, weight=0.1, gate="math")
     register("format", format_reward, weight=0.2)
+    register("length", CosineLength, weight=1.0)
+    register("repetition", repetition, weight=0.1)
+    register("language", language, weight=0.1)
+    register("reward_model", RewardModel, weight=1.0)
     register("soft_overlong", soft_overlong, weight=1.0)
+    register("preference", Preference, weight=0.3)
 
 
 @hookimpl
 def register_samplers(register: Any) -> None:
+    register("native", NativeSampler)
     register("hf", HFSampler)
     register("paired", PairedSampler)
 

@@ -104,13 +104,13 @@ FLAGS = {
     ),
     "unknown option": (
         ("--set", "sampler.temprature=1"),
-        "unknown option `temprature` of sampler `grpoforge:hf`; it takes: temperature, max_completion_length, top_p, "
-        "top_k, min_p, batch_size (from --set sampler.temprature=1)",
+        "unknown option `temprature` of sampler `grpoforge:native`; it takes: temperature, max_completion_length, "
+        "top_p, top_k, min_p, batch_size, stop, decoder (from --set sampler.temprature=1)",
         "did you mean `temperature`?",
     ),
     "option of the wrong type": (
         ("--set", "sampler.temperature=hot"),
-        "option `temperature` of sampler `grpoforge:hf`: input should be a valid number, got `'hot'` "
+        "option `temperature` of sampler `grpoforge:native`: input should be a valid number, got `'hot'` "
         "(from --set sampler.temperature=hot)",
         "`temperature` is `float`: logits are divided by it before softmax",
     ),

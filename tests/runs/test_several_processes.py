@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow import parquet
 
 from grpoforge import checkpoint
 
@@ -45,6 +46,25 @@ def test_two_processes_are_one_run(tmp_path: Path, program: Any) -> None:
     assert [checkpoint.step_of(folder) for folder in checkpoint.published(run / "checkpoints")][-1] == 3
 
 
+def test_two_processes_measure_what_one_measures(tmp_path: Path, program: Any) -> None:
+    # 5 problems in blocks of 2: 8 completions at a time, 4 samples each.
+    evaluate = ("eval", "tiny-math", "--num-problems", "5", "--samples", "4", "--set", "eval.batch_size=8", "--json")
+    alone = program.popen(*evaluate, "--output", "one.parquet")
+    shown, talk = alone.communicate(timeout=240)
+    assert alone.returncode == 0, talk
+    both = torchrun(program, *evaluate, "--output", "two.parquet", "--compare", "one.parquet")
+    shown_by_two, talk = both.communicate(timeout=240)
+    assert both.returncode == 0, talk
+    one, two = json.loads(shown), json.loads(shown_by_two)
+    compared = two.pop("comparison")
+    assert compared["only_a_right"] == compared["only_b_right"] == 0
+    metrics = one.pop("metrics")
+    assert two.pop("metrics") == pytest.approx(metrics, abs=1e-12) and 0 < metrics["eval_mean@4"] < 1
+    assert one.pop("comparison") is None and one == two
+    rows = [parquet.read_table(tmp_path / f"{name}.parquet").to_pylist() for name in ("one", "two")]
+    assert rows[0] == rows[1] and [row["index"] for row in rows[0]] == list(range(5))
+
+
 def test_a_signal_stops_both_after_the_step(tmp_path: Path, program: Any) -> None:
     process = torchrun(program, "train", "--max-steps", "200", "--output", "run", *SMALL)
     deadline = time.monotonic() + 120
@@ -58,3 +78,18 @@ def test_a_signal_stops_both_after_the_step(tmp_path: Path, program: Any) -> Non
     checkpoint.verify(newest)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == checkpoint.step_of(newest)
+
+
+def test_a_preference_model_learns_from_the_pairs_of_both(tmp_path: Path, program: Any, rewards_file: Path) -> None:
+    preference = "{name: preference, batch_size: 2, min_pairs: 2, min_accuracy: 0, preference_threshold: 0.001}"
+    rewards = f"rewards=[{{name: '{rewards_file}:digits'}}, {preference}]"
+    flags = ("--set", rewards, "--set", "eval.reward=digits", "--set", "kl.beta=0")
+    process = torchrun(program, "train", "--max-steps", "3", "--output", "run", *SMALL, *flags)
+    _, talk = process.communicate(timeout=240)
+    assert process.returncode == 0, talk
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "train"]
+    # Each process has one prompt, and so one pair at most.
+    assert max(line["pref/pairs"] for line in steps) == 2.0
+    assert steps[-1]["pref/buffer"] == sum(line["pref/pairs"] for line in steps)
+    assert steps[-1]["rewards/preference/unscored"] < 1.0

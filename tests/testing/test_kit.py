@@ -36,7 +36,7 @@ from grpoforge_plugins.corrections.target import TargetSequenceMask, TargetTIS
 from grpoforge_plugins.datasets.tiny_math import tiny_math
 from grpoforge_plugins.kl.schulman import k1, k3
 from grpoforge_plugins.losses.clip import Clip
-from grpoforge_plugins.rewards.math import math as math_reward
+from grpoforge_plugins.rewards.math import Math
 from grpoforge_plugins.samplers.hf import HFSampler
 from grpoforge_plugins.samplers.paired import PairedSampler
 from grpoforge_plugins.trackers.jsonl import Jsonl
@@ -56,7 +56,7 @@ def names(report: Report) -> list[str]:
 
 def test_each_kind_has_a_function_that_takes_what_a_plugin_registers() -> None:
     reports = [
-        check_reward(math_reward, extraction="lenient"),
+        check_reward(Math, extraction="lenient"),
         check_advantage(group_mean),
         check_loss(Clip, epsilon_high=0.28),
         check_kl(k3),

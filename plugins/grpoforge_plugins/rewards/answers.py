@@ -27,13 +27,14 @@ a number has at most `MAX_DIGITS` digits and an exponent of at most `MAX_EXPONEN
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 
-__all__ = ["boxes", "extract_answer", "last_number", "parse_number", "reference_answer"]
+__all__ = ["boxes", "extract_answer", "last_number", "parse_number", "reference_answer", "stated_formula"]
 
 MAX_CHARS = 4096
 MAX_VALUE_CHARS = 200
+MAX_FORMULA_CHARS = 1000
 MAX_DIGITS = 100
 MAX_EXPONENT = 100
 
@@ -53,6 +54,7 @@ _PHRASE = re.compile(r"\b(?i:answer)(?: is\b|[ \t]{0,4}:)[ \t]{0,4}:?\s{0,4}|^[ 
 _PHRASE_END = re.compile(r"\n|[.;?](?=\s|$)")
 _HEADING = re.compile(r"(?!US\$|USD|EUR|GBP)[A-Za-z]|[0-9]{1,2}[.):] {1,4}[A-Za-z]")
 _DIGIT = re.compile(r"[0-9]")
+_PROSE = re.compile(r"[A-Za-z]{4,40}(?![A-Za-z(])|[0-9]{1,2}[.):] {1,4}[A-Za-z]")
 _BOX = "\\boxed{"
 
 _FRACTION = re.compile(r"\\[dt]?frac\{([0-9]{1,100})\}\{([0-9]{1,100})\}")
@@ -88,12 +90,32 @@ def extract_answer(text: str) -> Fraction | None:
     `text` is a completion, at any length: only its last `MAX_CHARS` characters are read.
     """
     tail = _readable_tail(text)
-    stated = set(_payloads(tail, _MARKER, _MARKER_END)) or set(boxes(tail))
+    stated = set(_payloads(tail, _MARKER, _MARKER_END, _is_number)) or set(boxes(tail))
     if stated:
         values = {parse_number(payload) for payload in stated}
         return values.pop() if len(values) == 1 else None
-    phrases = list(_payloads(tail, _PHRASE, _PHRASE_END))
+    phrases = list(_payloads(tail, _PHRASE, _PHRASE_END, _is_number))
     return parse_number(phrases[-1]) if phrases else None
+
+
+def stated_formula(text: str) -> str | None:
+    """The answer that `text` states in the same places, as it is written there: a formula, not only a number.
+
+    None when it states none, or several that are written differently. At most `MAX_FORMULA_CHARS` characters.
+    """
+    tail = _readable_tail(text)
+    stated = list(_payloads(tail, _MARKER, _MARKER_END, _is_formula, MAX_FORMULA_CHARS))
+    stated = stated or [_BOX if box is None else box for box in _boxed(tail, MAX_FORMULA_CHARS) if box is None or box]
+    stated = stated or list(_payloads(tail, _PHRASE, _PHRASE_END, _is_formula, MAX_FORMULA_CHARS))[-1:]
+    written = {_tidy(payload) for payload in stated}
+    return (written.pop() or None) if len(written) == 1 else None
+
+
+def _tidy(formula: str) -> str:
+    """A formula without what surrounds it, its white space evened out; empty for one that is cut off."""
+    if formula == _BOX or len(formula) > MAX_FORMULA_CHARS:
+        return ""
+    return " ".join(formula.strip("$ ").rstrip(" .,;:$").split())
 
 
 def last_number(text: str) -> Fraction | None:
@@ -145,16 +167,23 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def boxes(text: str) -> Iterator[str]:
-    """What each ``\\boxed{}`` with a digit holds; one never closed is given as it stands, unreadable."""
+    """What each ``\\boxed{}`` with a digit holds; one that is never closed is given as ``\\\\boxed{``, unreadable."""
+    for payload in _boxed(text, MAX_VALUE_CHARS):
+        if payload is None:
+            yield _BOX
+        elif _DIGIT.search(payload):
+            yield payload
+
+
+def _boxed(text: str, max_chars: int) -> Iterator[str | None]:
+    """What each ``\\boxed{}`` holds; None, and no more, for one that is not closed within `max_chars`."""
     start = text.find(_BOX)
     while start >= 0:
         inside = start + len(_BOX)
-        payload = _braced(text[inside : inside + MAX_VALUE_CHARS + 1])
+        payload = _braced(text[inside : inside + max_chars + 1])
+        yield payload
         if payload is None:
-            yield text[start : inside + MAX_VALUE_CHARS]
             return
-        if _DIGIT.search(payload):
-            yield payload
         start = text.find(_BOX, inside)
 
 
@@ -166,14 +195,31 @@ def _readable_tail(text: str) -> str:
     return _BOLD.sub("", _ANNOTATION.sub("", tail))
 
 
-def _payloads(tail: str, opening: re.Pattern[str], end: re.Pattern[str]) -> Iterator[str]:
-    """What is written between each `opening` and its `end`, where that is meant to be a number."""
+def _payloads(
+    tail: str,
+    opening: re.Pattern[str],
+    end: re.Pattern[str],
+    is_meant: Callable[[str], bool],
+    max_chars: int = MAX_VALUE_CHARS,
+) -> Iterator[str]:
+    """What is written between each `opening` and its `end`, where that `is_meant` as an answer."""
     for match in opening.finditer(tail):
         # One character too many makes an endless value unreadable instead of cutting it to a readable one.
-        payload = tail[match.end() : match.end() + MAX_VALUE_CHARS + 1]
-        payload = end.split(payload, maxsplit=1)[0].strip()
-        if _DIGIT.search(payload) and not _HEADING.match(payload):
+        payload = tail[match.end() : match.end() + max_chars + 1]
+        payload = end.split(payload, maxsplit=1)[0]
+        payload = payload.strip() if len(payload) <= max_chars else payload
+        if is_meant(payload):
             yield payload
+
+
+def _is_number(payload: str) -> bool:
+    """Whether a number is meant, readable or not."""
+    return bool(_DIGIT.search(payload)) and not _HEADING.match(payload)
+
+
+def _is_formula(payload: str) -> bool:
+    """Whether something else than a heading or a sentence stands there."""
+    return bool(payload) and not _PROSE.match(payload)
 
 
 def _braced(text: str) -> str | None:

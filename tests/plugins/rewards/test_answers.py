@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import grpoforge.sanitize
 from grpoforge.sanitize import one_line
-from grpoforge_plugins.rewards import answers
+from grpoforge_plugins.rewards import answers, equations, reasoning, symbolic
 from grpoforge_plugins.rewards import format as format_module
 from grpoforge_plugins.rewards.answers import extract_answer, last_number, parse_number, reference_answer
 
@@ -330,7 +330,7 @@ def test_time_is_linear(unit: str) -> None:
 def test_no_regular_expression_repeats_a_repetition() -> None:
     patterns = {
         f"{module.__name__}.{name}": value
-        for module in (answers, format_module, grpoforge.sanitize)
+        for module in (answers, equations, format_module, grpoforge.sanitize, reasoning, symbolic)
         for name, value in vars(module).items()
         if isinstance(value, Pattern)
     }

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from grpoforge_plugins.rewards.math import math
+from grpoforge.declarations import declared
+from grpoforge_plugins.rewards.math import Math
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 SHARED = Path(os.environ.get("GRPOFORGE_SHARED", CHECKOUT.parent / "shared"))
@@ -25,15 +26,15 @@ def _gsm8k(split: str) -> list[str]:
 def test_every_gsm8k_solution_is_right_and_none_is_with_another_number(split: str, num_rows: int) -> None:
     solutions = _gsm8k(split)
     assert len(solutions) == num_rows
-    assert math(solutions, solutions) == [1.0] * num_rows
+    assert Math()(solutions, solutions) == [1.0] * num_rows
     parts = [solution.rpartition("#### ") for solution in solutions]
     changed = [f"{work}#### {int(number.replace(',', '')) + 1:,}" for work, _, number in parts]
-    assert math(changed, solutions) == [0.0] * num_rows
+    assert Math()(changed, solutions) == [0.0] * num_rows
     # The formats that models use for the same answer.
     phrased = [f"{work}A: {number}" for work, _, number in parts]
-    assert math(phrased, solutions) == [1.0] * num_rows
+    assert Math()(phrased, solutions) == [1.0] * num_rows
     boxed = [rf"{work}The final answer is $\boxed{{{number}}}$." for work, _, number in parts]
-    assert math(boxed, [number for _, _, number in parts]) == [1.0] * num_rows
+    assert Math()(boxed, [number for _, _, number in parts]) == [1.0] * num_rows
 
 
 @pytest.mark.parametrize(
@@ -53,27 +54,53 @@ def test_every_gsm8k_solution_is_right_and_none_is_with_another_number(split: st
     ],
 )
 def test_reward_against_eighteen(completion: str, reward: float) -> None:
-    assert math([completion], ["… #### 18"]) == [reward]
+    assert Math()([completion], ["… #### 18"]) == [reward]
 
 
 def test_lenient_takes_the_last_number_only_where_none_is_stated() -> None:
     completions = ["She makes 18 dollars.", "#### 18\n(20 minutes)", "18, or rather 19", "none"]
     answer = ["18", 18, 18.0, "#### 18"]
-    assert math(completions, answer) == [0.0, 1.0, 0.0, 0.0]
-    assert math(completions, answer, extraction="lenient") == [1.0, 1.0, 0.0, 0.0]
+    assert Math()(completions, answer) == [0.0, 1.0, 0.0, 0.0]
+    assert Math(extraction="lenient")(completions, answer) == [1.0, 1.0, 0.0, 0.0]
 
 
 def test_row_without_a_readable_reference_is_not_scored() -> None:
-    assert math(["#### 18"] * 4, ["unknown", None, "42 or 43", "18"]) == [None, None, None, 1.0]
+    assert Math()(["#### 18"] * 4, ["unknown", None, "42 or 43", "18"]) == [None, None, None, 1.0]
 
 
 @pytest.mark.parametrize("hostile", HOSTILE, ids=lambda hostile: hostile.name)
 def test_hostile_completions(hostile: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert math([hostile.text], [hostile.reference]) == [hostile.reward]
-    math([hostile.text], [hostile.reference], extraction="lenient")
-    math(["#### 42"], [hostile.text])
+    assert Math()([hostile.text], [hostile.reference]) == [hostile.reward]
+    Math(extraction="lenient")([hostile.text], [hostile.reference])
+    Math()(["#### 42"], [hostile.text])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("#### 18", "18"),
+        ("#### 18.00", "18"),
+        ("so \\boxed{\\frac{6}{8}}", "3/4"),
+        ("A: -0.5", "-1/2"),
+        ("#### 18\n#### 19", None),
+        ("She makes 18 dollars", None),
+        ("", None),
+    ],
+)
+def test_answer_in_one_written_form(text: str, answer: str | None) -> None:
+    answer_of = declared(Math(), "answer_of")
+    assert answer_of(text) == answer
+
+
+def test_answer_of_follows_the_options() -> None:
+    assert declared(Math(extraction="lenient"), "answer_of")("She makes 1,018 dollars") == "1018"
+
+
+@pytest.mark.parametrize("hostile", HOSTILE, ids=lambda hostile: hostile.name)
+def test_the_answer_of_a_right_completion_is_the_reference(hostile: Any) -> None:
+    assert (Math().answer_of(hostile.text) == hostile.reference.replace(",", "")) is (hostile.reward == 1.0)
 
 
 def test_hostile_list_is_whole() -> None:

@@ -1,0 +1,28 @@
+"""Components that learn from the run: what they must have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from grpoforge.types import StepReport
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """A component that learns from the steps of the run, such as a reward with a model of its own.
+
+    Both methods are called after every step, before its checkpoint, on every rank. All ranks learn from the same
+    lessons, so that all end up with the same component.
+    """
+
+    def lessons(self, report: StepReport, name: str) -> Sequence[Any]:
+        """What this rank's rows of the step teach: JSON values.
+
+        ``name`` is what the run calls the component; a reward finds its own column by it in ``report.scores.names``.
+        """
+        ...
+
+    def learn(self, lessons: Sequence[Any]) -> Mapping[str, float]:
+        """Learn from the lessons of all ranks, rank after rank; returns metrics for the report of the step."""
+        ...

@@ -1,0 +1,270 @@
+"""The trunk of a model on packed rows, through transformers' attention interface.
+
+Recognized by asking, not by name: two groups go through the trunk padded and packed, and only a model that gives the
+same hidden states both ways is packed. How far a layer sees is asked in every forward pass: the model describes the
+mask that it wants, and one that hides anything from a plain causal view of the longest row (a sliding window, chunks)
+is refused there and then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from grpoforge.errors import ModelError
+from grpoforge.packing import Packed, num_packed_tokens, num_plain_tokens, pack
+from grpoforge.precision import Precision
+from grpoforge.prefix_attention import prefix_attention
+from grpoforge.types import Batch
+
+logger = logging.getLogger(__name__)
+
+NAME = "grpoforge_shared_prefix"
+WORTH = 0.9
+"""Packed where that leaves at most this share of the tokens: gathering rows inside attention costs a little too."""
+
+PASSED_BY = frozenset({"dropout", "scaling", "sliding_window", "position_ids", "is_causal", "use_cache", "softcap"})
+"""What a layer may hand to attention without changing what packed attention computes, or what it is told by."""
+
+
+SharedPrefixMode = Literal["auto", "on", "off"]
+"""``auto``: pack where the model can be packed and it saves work. ``on``: pack, or fail. ``off``: never."""
+
+
+class CannotShare(Exception):
+    """Why a model, or one batch, has to take the plain way."""
+
+
+class _Asked:
+    """The mask that a model asks for, in place of the mask."""
+
+    def __init__(self, sees: Callable[..., Any]) -> None:
+        self.sees = sees
+        self.widest = 0
+
+    def check(self, width: int, device: torch.device) -> None:
+        """Refuse a mask that is not plainly causal for rows of ``width`` tokens: looked at along its border.
+
+        Raises:
+            CannotShare: it hides a token of the past, or shows one of the future.
+        """
+        if width <= self.widest:
+            return
+        places = torch.arange(width, device=device)
+        first, last = torch.zeros_like(places), torch.full_like(places, width - 1)
+        past = torch.stack([self._at(places, first), self._at(last, places), self._at(places, places)])
+        future = self._at(places[:-1], places[1:])
+        if not bool(past.all()):
+            raise CannotShare(f"a layer does not see all of a row of {width} tokens (a sliding window, or chunks)")
+        if bool(future.any()):
+            raise CannotShare("a layer sees tokens that come later")
+        self.widest = width
+
+    def _at(self, query: Tensor, key: Tensor) -> Tensor:
+        batch = head = torch.zeros_like(query)
+        return torch.as_tensor(self.sees(batch, head, query, key), device=query.device).expand(query.shape)
+
+
+def _mask(*_: Any, mask_function: Callable[..., Any], **__: Any) -> _Asked:
+    """In the place of a mask: the description of one, which `_attention` looks at."""
+    return _Asked(mask_function)
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: _Asked | None,
+    *,
+    shared_prefix: Packed | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """``query [1, h, N, d]``, keys and values ``[1, k, N, d]`` to ``[1, N, h, d]``, as transformers' layers call it."""
+    if shared_prefix is None or not isinstance(attention_mask, _Asked):
+        raise CannotShare("its layers do not pass on how rows are packed, or which mask they need")
+    unknown = [
+        name for name, given in others.items() if name not in PASSED_BY and given is not None and given is not False
+    ]
+    if unknown or not getattr(module, "is_causal", True):
+        raise CannotShare(f"its attention is not plain: {', '.join(unknown) or 'not causal'}")
+    attention_mask.check(shared_prefix.longest, query.device)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    if torch.is_autocast_enabled(query.device.type):
+        narrow = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(narrow), key.to(narrow), value.to(narrow)
+    query, key, value = (one[0].transpose(0, 1) for one in (query, key, value))
+    return prefix_attention(query, key, value, shared_prefix, scale=scale, softcap=softcap)[None], None
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _mask)
+
+
+class SharedPrefix:
+    """A trunk on packed rows, where it can be run on them and that saves work.
+
+    Args:
+        trunk: the model under its head; gives ``last_hidden_state``. None where the head cannot be told from it.
+        precision: of its forward pass.
+        mode: see `SharedPrefixMode`.
+    """
+
+    def __init__(self, trunk: Any | None, precision: Precision, mode: SharedPrefixMode) -> None:
+        self.trunk = trunk
+        self.precision = precision
+        self.mode = mode
+        self._obstacle: str | None = None
+        self._narrowest_refused: int | None = None
+
+    def obstacle(self) -> str:
+        """Why the model takes the plain way; empty when it can be packed. Asks the model once."""
+        if self._obstacle is None:
+            try:
+                _probe(self.trunk, self.precision)
+                self._obstacle = ""
+            except CannotShare as reason:
+                self._obstacle = str(reason)
+        return self._obstacle
+
+    def hidden(self, batch: Batch, held: contextlib.ExitStack) -> Tensor | None:
+        """What predicts each real completion token of ``batch``, ``[n, H]``; None where the plain way is to be taken.
+
+        Args:
+            held: keeps the model's layers on packed rows until it is closed. Close it when the backward pass is over,
+                because layers may be run again in it (gradient checkpointing).
+
+        Raises:
+            ModelError: mode ``on``, and the model cannot be packed.
+        """
+        if not self._is_wanted(batch):
+            return None
+        packed = pack(batch)
+        if self._narrowest_refused is not None and packed.longest >= self._narrowest_refused:
+            return None
+        try:
+            held.enter_context(_switched(self.trunk))
+            return _run(self.trunk, packed)
+        except CannotShare as reason:
+            held.close()
+            self._refuse(packed.longest, str(reason))
+            return None
+
+    def _is_wanted(self, batch: Batch) -> bool:
+        if self.mode == "off" or (self.mode == "auto" and not pays(batch)):
+            return False
+        if not self.obstacle():
+            return True
+        if self.mode == "on":
+            raise refused(self.obstacle())
+        return False
+
+    def _refuse(self, width: int, reason: str) -> None:
+        if self.mode == "on":
+            raise refused(reason)
+        if self._narrowest_refused is None:
+            logger.info("rows of %d tokens and more are not packed: %s", width, reason)
+        self._narrowest_refused = width
+
+
+def pays(batch: Batch) -> bool:
+    """True when packing saves work on ``batch``."""
+    return num_packed_tokens(batch) <= WORTH * num_plain_tokens(batch)
+
+
+def refused(reason: str) -> ModelError:
+    """What ``shared_prefix: on`` ends with where the model cannot be packed."""
+    return ModelError(
+        f"`batch.shared_prefix` is `on`, and this model cannot be run on packed rows: {reason}",
+        "use `--set batch.shared_prefix=auto`: it computes the same, with every prompt once per completion",
+    )
+
+
+@contextlib.contextmanager
+def _switched(trunk: Any) -> Iterator[None]:
+    """The layers of ``trunk`` attend over packed rows inside."""
+    usual = trunk.config._attn_implementation
+    trunk.config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        trunk.config._attn_implementation = usual
+
+
+def _run(trunk: Any, packed: Packed) -> Tensor:
+    """What predicts each real completion token, ``[n, H]``; inside `_switched`.
+
+    Raises:
+        CannotShare: a layer does not see all of the longest row.
+    """
+    outputs = trunk(
+        input_ids=packed.input_ids,
+        attention_mask=torch.ones_like(packed.input_ids),
+        position_ids=packed.position_ids,
+        use_cache=False,
+        shared_prefix=packed,
+    )
+    hidden: Tensor = outputs.last_hidden_state[0]
+    return hidden[packed.predicted_at]
+
+
+@torch.no_grad()
+def _probe(trunk: Any | None, precision: Precision) -> None:
+    """Two groups, ragged, both ways.
+
+    Raises:
+        CannotShare: the two ways differ, or the packed one fails; says why.
+    """
+    if trunk is None:
+        raise CannotShare("its head cannot be told from its trunk")
+    batch = _probe_batch(trunk)
+    mask = torch.cat([batch.prompt_mask, batch.completion_mask], dim=1)
+    with precision.context(mask.device):
+        plain = trunk(
+            input_ids=torch.cat([batch.prompt_ids, batch.completion_ids], dim=1),
+            attention_mask=mask.long(),
+            position_ids=(mask.long().cumsum(dim=1) - 1).clamp(min=0),
+            use_cache=False,
+        ).last_hidden_state
+        try:
+            with _switched(trunk):
+                found = _run(trunk, pack(batch)).float()
+        except CannotShare:
+            raise
+        except Exception as error:  # the boundary: any model may come, and each may fail in its own way
+            raise CannotShare(f"its layers fail on packed rows ({type(error).__name__})") from error
+    row, token = batch.completion_mask.nonzero(as_tuple=True)
+    expected = plain[row, batch.prompt_ids.shape[1] + token - 1].float()
+    gap = float((found - expected).abs().max() / expected.abs().max())
+    rounding = max(torch.finfo(dtype).eps for dtype in (precision.computed, torch.float32))
+    if not gap <= 0.6 * rounding**0.5:
+        raise CannotShare(f"packed rows give other hidden states, by {gap:.1e} of the largest")
+
+
+def _probe_batch(trunk: Any) -> Batch:
+    """Prompts of 5 and 3 tokens, three completions each of up to 4."""
+    vocabulary = min(trunk.get_input_embeddings().weight.shape[0], 64)
+    device = trunk.get_input_embeddings().weight.device
+    cells = torch.arange(6 * 9, device=device).square().add(1).remainder(vocabulary).view(6, 9)
+    prompt_ids, completion_ids = cells[:, :5].clone(), cells[:, 5:]
+    prompt_ids[:3], prompt_ids[3:] = prompt_ids[0].clone(), prompt_ids[3].clone()
+    prompt_mask = torch.ones_like(prompt_ids, dtype=torch.bool)
+    prompt_mask[3:, :2] = False
+    lengths = torch.tensor([4, 2, 3, 1, 4, 3], device=device)
+    completion_mask = torch.arange(4, device=device) < lengths[:, None]
+    return Batch(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        completion_ids=completion_ids,
+        completion_mask=completion_mask,
+        sampling_logprobs=torch.zeros(6, 4, device=device),
+        temperatures=torch.ones(6, dtype=torch.float64, device=device),
+    )
