@@ -48,7 +48,7 @@ def test_gsm8k_trains_on_its_training_rows_and_leaves_the_test_rows_to_eval(
     process = program.popen(
         "train", "--model", str(shared / "models/stories260K"), "--dataset", "gsm8k", "--reward", "math",
         "--reward", "brevity", "--max-steps", "1", "--output", "run", "--set",
-        f"data.options.path={shared / 'data/gsm8k'}", "data.num_eval=8", "data.instruction=End with ####.",
+        f"data.options.path={shared / 'data/gsm8k'}", "data.num_eval=8", "data.instruction='End with ####.'",
         "batch={prompts_per_step: 4, completions_per_prompt: 2, minibatch_size: 8}",
     )  # fmt: skip
     shown, talk = process.communicate()
