@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -85,11 +86,14 @@ def make_pairs(
 
 
 def _check_new(folder: Path) -> None:
-    """Refuse to write into a folder that holds something, before anything is loaded."""
+    """Refuse a folder that holds something or cannot be made, before anything is loaded."""
     from grpoforge.errors import ConfigError
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"`--output {folder}` exists and is not empty", "name a new folder")
+    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ConfigError(f"`--output {folder}` cannot be made in {above}", "name a folder of yours")
 
 
 def _function(

@@ -127,6 +127,11 @@ def test_mistakes_are_answered(refused: Callable[..., Any], pairs: Callable[...,
     (tmp_path / "full/file").touch()
     for arguments, message, hint in (
         (("train", pairs(), "-o", "full"), "`--output full` exists and is not empty", "name a new folder"),
+        (
+            ("train", pairs(), "-o", "full/file/m"),
+            "`--output full/file/m` cannot be made in ",
+            "name a folder of yours",
+        ),
         (("train", "nothing.jsonl", "-o", "m"), "there is no pairs file nothing.jsonl", "give a .jsonl file"),
         (
             ("train", pairs(), "-o", "m", "--set", "lr=1"),
