@@ -212,7 +212,8 @@ def engine_of(spec: dict[str, Any], scratch: str) -> tuple[Any, Any]:
     """grpoforge's engine and prompts for a spec, with completions that no token ends."""
     from dataclasses import replace
 
-    from grpoforge.assembly import make_algorithm, make_engine
+    from grpoforge.algorithm import make_algorithm
+    from grpoforge.assembly import make_engine
     from grpoforge.config import ModelConfig
     from grpoforge.distributed import Workers
     from grpoforge.layers import build

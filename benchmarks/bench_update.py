@@ -187,7 +187,8 @@ def alternate(completions: Any) -> list[float]:
 
 def ours(case: Case, options: dict[str, str]) -> Callable[[], Seconds]:
     """One step of grpoforge on given rollouts; gives its seconds without drawing."""
-    from grpoforge.assembly import make_algorithm, make_engine
+    from grpoforge.algorithm import make_algorithm
+    from grpoforge.assembly import make_engine
     from grpoforge.distributed import Workers
     from grpoforge.layers import build
     from grpoforge.parts import resolve

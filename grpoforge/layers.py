@@ -21,8 +21,8 @@ KEPT_ON_RENAME: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("sampler",): ("max_completion_length",),
     ("model",): ("precision", "gradient_checkpointing", "lora"),
 }
-"""Keys that stay when another component takes the place of one: how long a completion may be is the task's to say, how a
-model is held and trained the machine's."""
+"""Keys that stay when another component takes the place of one: how long a completion may be is the task's to say, and
+how a model is held and trained the machine's."""
 
 
 def build(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> Config:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpoforge.assembly import make_algorithm
+from grpoforge.algorithm import make_algorithm
 from grpoforge.cli.settings import base_layers, flag_layers, user_layers
 from grpoforge.collate import collate
 from grpoforge.config import Config

@@ -33,7 +33,8 @@ def print_plan(config: Config, parts: Parts, memory: Sequence[str]) -> None:
 
 def plan_lines(config: Config, parts: Parts) -> list[str]:
     """What a step does, in numbers."""
-    from grpoforge.assembly import make_objective, num_steps
+    from grpoforge.algorithm import make_objective
+    from grpoforge.assembly import num_steps
     from grpoforge.dialects import describe_dialect
 
     batch = config.batch

@@ -20,7 +20,7 @@ from grpoforge.errors import ConfigError, DataError
 from grpoforge.sources import BadRow, Row
 from grpoforge_plugins.datasets.gsm8k import gsm8k, plain_number, prepare_for_grpo
 from grpoforge_plugins.rewards.answers import parse_number
-from grpoforge_plugins.rewards.math import math
+from grpoforge_plugins.rewards.math import Math
 
 ROOT = Path(__file__).parents[3]
 
@@ -208,7 +208,7 @@ def test_every_real_gold_answer_is_read_as_it_is_written(folder: Path) -> None:
         gold = [re.fullmatch(r"-?[0-9,]+", line["answer"].rpartition("#### ")[2]) for line in lines]
         assert [row["answer"] for row in rows] == [one[0].replace(",", "") for one in gold if one]
         assert [row["solution"] for row in rows] == [line["answer"] for line in lines]
-        assert math([line["answer"] for line in lines], [row["answer"] for row in rows]) == [1.0] * count
+        assert Math()([line["answer"] for line in lines], [row["answer"] for row in rows]) == [1.0] * count
 
 
 def digest(rows: list[Row | BadRow]) -> str:
