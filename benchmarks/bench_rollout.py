@@ -3,7 +3,8 @@
     python benchmarks/bench_rollout.py [--case tiny-math|stories|0.5b ...] [--peer NAME ...] [--rounds 5] [--threads 2]
 
 Every completion has the same length: no token ends one. In each round every peer draws the same rollouts once, in
-turn; medians over the rounds are reported. Peak memory is that of a process of its own that draws once. Writes
+turn; medians over the rounds are reported. Peak memory is that of a process of its own that draws once. On a machine
+that others use, `--clock cpu --threads 1` counts the processor's seconds instead of the wall's. Writes
 benchmarks/results/rollout-DATE.json.
 """
 
@@ -37,6 +38,7 @@ from grpoforge_plugins.samplers.native import NativeSampler
 RESULTS = Path(__file__).parent / "results"
 SHARED = Path(os.environ.get("GRPOFORGE_SHARED", Path(__file__).parents[2] / "shared"))
 SEED = 7
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class Endless(Policy):
@@ -152,17 +154,17 @@ PEERS: dict[str, Peer] = {
 BASE = "transformers generate"
 
 
-def timed(peer: Peer, policy: Policy, prompts: list[Prompt], case: Case) -> float:
+def timed(clock: Callable[[], float], peer: Peer, policy: Policy, prompts: list[Prompt], case: Case) -> float:
     """Completion tokens per second of one draw."""
-    started = time.perf_counter()
+    started = clock()
     count = peer(policy, prompts, case)
-    seconds = time.perf_counter() - started
+    seconds = clock() - started
     expected = len(prompts) * case.group_size * case.length
     assert count == expected, f"{count} tokens, not {expected}"
     return count / seconds
 
 
-def measure(case: Case, names: Sequence[str], rounds: int) -> dict[str, list[float]]:
+def measure(case: Case, names: Sequence[str], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Tokens per second of every round, by peer; one draw before the rounds warms up."""
     policy = case.policy()
     prompts = case.prompts(policy)
@@ -171,7 +173,7 @@ def measure(case: Case, names: Sequence[str], rounds: int) -> dict[str, list[flo
     speeds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
         for name in names[:: 1 if number % 2 == 0 else -1]:
-            speeds[name].append(timed(PEERS[name], policy, prompts, case))
+            speeds[name].append(timed(clock, PEERS[name], policy, prompts, case))
     return speeds
 
 
@@ -197,7 +199,7 @@ def rates() -> dict[str, float]:
     return {"gemm_gflop_s": statistics.median(products), "copy_gb_s": statistics.median(copies)}
 
 
-def describe(name: str, speeds: dict[str, list[float]], threads: int) -> list[dict[str, Any]]:
+def describe(name: str, speeds: dict[str, list[float]]) -> list[dict[str, Any]]:
     """One line of the table for each peer."""
     medians = {peer: statistics.median(values) for peer, values in speeds.items()}
     return [
@@ -207,7 +209,6 @@ def describe(name: str, speeds: dict[str, list[float]], threads: int) -> list[di
             "tokens_per_second": round(medians[peer], 1),
             "rounds": [round(value, 1) for value in values],
             "ratio": round(medians[peer] / medians[BASE], 2) if BASE in medians else None,
-            "peak_mb": round(peak(name, peer, threads)),
         }
         for peer, values in speeds.items()
     ]
@@ -221,6 +222,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--folder", type=Path, default=RESULTS)
+    parser.add_argument("--clock", choices=[*CLOCKS], default="wall")
+    parser.add_argument("--no-peak", action="store_true", help="measure no memory")
     parser.add_argument("--memory", action="store_true", help="draw once and print the peak memory in megabytes")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -233,14 +236,16 @@ def main() -> None:
         return
     lines = []
     for name in names:
-        for line in describe(name, measure(CASES[name], peers, given.rounds), given.threads):
+        for line in describe(name, measure(CASES[name], peers, given.rounds, CLOCKS[given.clock])):
+            line["peak_mb"] = None if given.no_peak else round(peak(name, line["peer"], given.threads))
             print(f"{name:10} {line['peer']:28} {line['tokens_per_second']:10,.1f} tokens/s  {line['ratio']}x"
-                  f"  peak {line['peak_mb']:,} MB", flush=True)  # fmt: skip
+                  f"  peak {line['peak_mb']} MB", flush=True)  # fmt: skip
             lines.append(line)
     date = datetime.datetime.now(datetime.UTC)
     report = {
         "date": date.isoformat(timespec="seconds"),
         "command": " ".join(["python", "benchmarks/bench_rollout.py", *sys.argv[1:]]),
+        "clock": given.clock,
         "machine": {"cpu": cpu_name(), "threads": given.threads, "load": os.getloadavg(), **rates()},
         "versions": {"torch": torch.__version__, "transformers": __import__("transformers").__version__},
         "cases": {name: CASES[name].about for name in names},

@@ -70,7 +70,7 @@ def refusal(function: Any, *arguments: Any, **options: Any) -> tuple[str, str]:
 def test_a_run_resolves(host: PluginHost) -> None:
     parts = resolve(config(data={"num_eval": 7, "options": {"num_train": 30}}), host)
     assert [reward.describe() for reward in parts.rewards] == ["math x1"]
-    assert (parts.sampler.component.id, parts.kl.component.id) == ("grpoforge:hf", "grpoforge:k3")
+    assert (parts.sampler.component.id, parts.kl.component.id) == ("grpoforge:native", "grpoforge:k3")
     assert [name for name, _ in parts.trackers] == ["console", "jsonl", "tensorboard", "rollouts"]
     assert (len(parts.train_rows), len(parts.eval_rows)) == (30, 7)
 

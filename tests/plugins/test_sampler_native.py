@@ -246,6 +246,26 @@ def test_only_the_seed_decides(decoder: Any, policy: Policy, prompts: tuple[Prom
 
 
 @needs_cpp
+def test_threads_that_share_a_batch_draw_the_same(
+    policy: Policy, prompts: tuple[Prompt, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What large models are decoded by: every matrix shared among threads."""
+    from grpoforge_kernels.cpp import decode as backend
+
+    options = {"max_completion_length": 12, "temperature": 1.3, "decoder": "cpp"}
+    alone = NativeSampler(**options).sample(policy, prompts, 5, seed=4)  # type: ignore[arg-type]
+    monkeypatch.setattr(backend, "ALONE", 0)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            for size in (0, 1, 7):
+                shared = NativeSampler(**options, batch_size=size).sample(policy, prompts, 5, seed=4)  # type: ignore[arg-type]
+                assert shared == alone
+        finally:
+            torch.set_num_threads(1)
+
+
+@needs_cpp
 def test_the_decoders_draw_the_same(policy: Policy, prompts: tuple[Prompt, ...]) -> None:
     for cuts in ({}, {"top_k": 5, "top_p": 0.8}, {"min_p": 0.1}):
         ours, theirs = (

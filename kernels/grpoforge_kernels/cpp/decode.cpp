@@ -8,9 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
-#include <deque>
 #include <memory>
-#include <unordered_map>
 #include <vector>
 
 #ifdef _OPENMP
@@ -20,12 +18,9 @@
 #include <sys/mman.h>
 #endif
 
-#define KERNEL "decode_kernels.h"
-#include "targets.h"
-
 using namespace grpoforge;
 
-static const Arithmetic arithmetic = *CHOSEN(arithmetic);
+static const Arithmetic& arithmetic = decode_arithmetic();
 
 namespace {
 
@@ -156,6 +151,7 @@ public:
         }
         for (int64_t slot = 0; slot < slots; slot++)
             blocks.emplace_back(m, capacity, own.data + slot * Block::size(m, capacity));
+        prompts.resize(static_cast<size_t>(r.num_prompts));
         int64_t longest = 0;
         for (int64_t p = 0; p < r.num_prompts; p++)
             longest = std::max(longest, r.prompt_ends[p] - (p ? r.prompt_ends[p - 1] : 0));
@@ -193,7 +189,7 @@ private:
     std::vector<std::vector<double>> parts;
     std::vector<Block> blocks;
     std::vector<int64_t> free_slots;
-    std::unordered_map<int64_t, std::unique_ptr<Prompt>> prompts;
+    std::vector<std::unique_ptr<Prompt>> prompts;  // those that are in use
     Unit unit = {0, 0, 0};
     std::vector<Row> live, entering;
     std::vector<Token> queue;
@@ -238,7 +234,7 @@ private:
     // Every row: its slot is free again; the last row of a prompt takes the prompt along.
     bool leave(const Row& row) {
         free_slots.push_back(row.slot);
-        if (--row.prompt->rows_left == 0) prompts.erase(r.prompt_of[row.number]);
+        if (--row.prompt->rows_left == 0) prompts[r.prompt_of[row.number]].reset();
         return true;
     }
 

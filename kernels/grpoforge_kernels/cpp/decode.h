@@ -43,4 +43,7 @@ struct Arithmetic {
     double (*weigh_row)(const Draw&, const float* z, float maximum, float* weights, double* parts);
 };
 
+// What this processor runs best.
+const Arithmetic& decode_arithmetic();
+
 }  // namespace grpoforge

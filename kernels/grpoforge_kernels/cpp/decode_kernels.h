@@ -230,7 +230,7 @@ INLINE float* score_span(const float* q, int64_t d, const Span& span, float* sco
 template <int heads>
 static __attribute__((noinline)) void attend_heads(
     const float* q, int64_t d, int64_t width, const Span* spans, float k, float* scores, int64_t stride, float* out) {
-    constexpr int MOST = LANES != 16 ? 1 : heads <= 2 ? 4 : 2;
+    constexpr int MOST = LANES != 16 ? 1 : heads == 2 ? 4 : 2;
     float* const own = score_span<heads, MOST>(q, d, spans[0], scores, stride);
     score_span<heads, MOST>(q, d, spans[1], own, stride);
     float by[heads];
@@ -245,7 +245,8 @@ static void attend(
     const float* q, int64_t heads, int64_t d, int64_t width, const Span* spans, float k, float* scores, int64_t stride,
     float* out) {
     int64_t h = 0;
-    for (; h + 4 <= heads; h += 4) attend_heads<4>(q + h * d, d, width, spans, k, scores, stride, out + h * d);
+    if constexpr (LANES == 16)
+        for (; h + 4 <= heads; h += 4) attend_heads<4>(q + h * d, d, width, spans, k, scores, stride, out + h * d);
     for (; h + 2 <= heads; h += 2) attend_heads<2>(q + h * d, d, width, spans, k, scores, stride, out + h * d);
     for (; h < heads; h++) attend_heads<1>(q + h * d, d, width, spans, k, scores, stride, out + h * d);
 }

@@ -49,7 +49,7 @@ def choose(policy: PolicyView, name: DecoderName) -> Decoder:
 
 
 def _choose(policy: PolicyView, name: DecoderName) -> Decoder:
-    reasons = []
+    reasons: list[str] = []
     for one in DECODERS if name == "auto" else (name,):
         decoder = DECODERS[one]()
         reason = obstacle(policy, decoder)

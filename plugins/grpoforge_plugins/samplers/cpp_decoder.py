@@ -148,13 +148,14 @@ def weights_of(model: Any) -> kernel.ModelWeights:
 def _layers(trunk: Any) -> Iterator[kernel.LayerWeights]:
     for layer in trunk.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        biases = [_bias(one) for one in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        biases = [bias for one in projections if (bias := _bias(one)) is not None]
         yield kernel.LayerWeights(
             norm=layer.input_layernorm.weight,
             q=_weight(attention.q_proj),
             k=_weight(attention.k_proj),
             v=_weight(attention.v_proj),
-            qkv_bias=None if biases[0] is None else torch.cat(biases),
+            qkv_bias=torch.cat(biases) if biases else None,
             q_norm=_norm(attention, "q_norm"),
             k_norm=_norm(attention, "k_norm"),
             out=_weight(attention.o_proj),

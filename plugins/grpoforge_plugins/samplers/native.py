@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -17,8 +16,6 @@ from grpoforge_plugins.samplers.inverse_cdf import Cuts
 from grpoforge_plugins.samplers.requests import Drawn, Requests, arrange
 from grpoforge_plugins.samplers.stops import StopStrings
 from grpoforge_plugins.samplers.streams import streams
-
-logger = logging.getLogger(__name__)
 
 
 class NativeSampler:

@@ -46,7 +46,8 @@ def uniforms(rows: Tensor, tokens: Tensor) -> Tensor:
     state = (state ^ _shifted(state, 30)) * _signed(FIRST)
     state = (state ^ _shifted(state, 27)) * _signed(SECOND)
     state = state ^ _shifted(state, 31)
-    return _shifted(state, 12).double() * 2.0**-52
+    numbers: Tensor = _shifted(state, 12).double() * 2.0**-52
+    return numbers
 
 
 def _signed(number: int) -> int:
