@@ -15,9 +15,10 @@ from grpoforge.engine import Engine
 from grpoforge.errors import ConfigError
 from grpoforge.policy import Policy
 from grpoforge.scoring import BoundReward
-from grpoforge.types import Completion, PolicyView, Prompt
+from grpoforge.types import Prompt
 from grpoforge_plugins.advantages.paired import Paired
-from grpoforge_plugins.samplers.hf import HFSampler
+from grpoforge_plugins.samplers import paired
+from grpoforge_plugins.samplers.native import NativeSampler
 from grpoforge_plugins.samplers.paired import PairedSampler
 
 PROMPTS = [[5, 9, 3], [7], [4, 4, 21, 6]]
@@ -66,68 +67,43 @@ def test_reported_logprobs_are_the_policys_at_the_temperature_of_the_row(
     assert float((other.logprobs[batch.completion_mask] - own).abs().max()) > 0.05, "the temperature matters"
 
 
-class Counting:
-    """A decoder that notes what it is asked and answers with one token."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[list[float], int | None]] = []
-
-    def __call__(
-        self, policy: PolicyView, prompts: Sequence[Prompt], temperatures: Sequence[float], seed: int | None
-    ) -> list[Completion]:
-        self.calls.append((list(temperatures), seed))
-        return [
-            Completion(
-                text="a",
-                token_ids=(2,),
-                logprobs=(-1.0,),
-                temperature=temperature,
-                finish_reason="stop",
-                policy_version=0,
-            )
-            for temperature in temperatures
-        ]
-
-
-def test_the_decoder_can_be_replaced(policy: Policy, prompts: tuple[Prompt, ...]) -> None:
-    sampler = PairedSampler()
-    sampler.decode = decoder = Counting()
-    assert sampler.sample(policy, prompts, 2, seed=5).group_size == 2
-    assert sampler.greedy(policy, prompts).group_size == 1
-    assert decoder.calls == [([0.7, 1.3] * 3, 5), ([1.0] * 3, None)]
-
-
-def test_pairs_are_decoded_a_few_at_a_time(
+def test_temperatures_alternate_and_greedy_has_none(
     policy: Policy, prompts: tuple[Prompt, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from grpoforge_plugins.samplers import paired
+    calls: list[tuple[list[float], dict[str, Any]]] = []
 
-    sizes: list[tuple[int, list[float]]] = []
-
-    def noted(policy: Any, rows: Any, temperatures: Any, *rest: Any, **how: Any) -> Any:
-        sizes.append((len(rows), list(temperatures[:2])))
+    def noted(policy: Any, rows: Any, temperatures: Sequence[float], *rest: Any, **how: Any) -> Any:
+        calls.append((list(temperatures), {name: how[name] for name in ("do_sample", "slots")}))
         return original(policy, rows, temperatures, *rest, **how)
 
-    original = paired.generate
-    monkeypatch.setattr(paired, "generate", noted)
-    PairedSampler(paired_batch_size=2, max_completion_length=2).sample(policy, prompts, 6, seed=0)
-    assert sizes == [(4, [0.7, 1.3])] * 4 + [(2, [0.7, 1.3])], "9 pairs, none of them torn"
+    original = paired.decode
+    monkeypatch.setattr(paired, "decode", noted)
+    sampler = PairedSampler(paired_batch_size=2, max_completion_length=2)
+    assert sampler.sample(policy, prompts, 2, seed=5).group_size == 2
+    assert sampler.greedy(policy, prompts).group_size == 1
+    assert calls == [
+        ([0.7, 1.3] * 3, {"do_sample": True, "slots": 4}),
+        ([1.0] * 3, {"do_sample": False, "slots": 0}),
+    ]
 
 
-def test_another_batch_size_draws_from_the_same_distributions(policy: Policy, prompts: tuple[Prompt, ...]) -> None:
-    """One generator serves all rows that are decoded together, so the draws differ and the distributions do not."""
+def test_how_many_are_decoded_at_a_time_changes_nothing(policy: Policy, prompts: tuple[Prompt, ...]) -> None:
+    whole, by_two = (
+        PairedSampler(max_completion_length=6, paired_batch_size=size).sample(policy, prompts, 6, seed=3).flat()
+        for size in (0, 2)
+    )
+    assert [one.token_ids for one in whole] == [one.token_ids for one in by_two]
+
+
+def test_each_row_comes_from_the_distribution_at_its_temperature(policy: Policy, prompts: tuple[Prompt, ...]) -> None:
+    group = PairedSampler(max_completion_length=1).sample(policy, prompts[:1], 4000, seed=3).completions[0]
+    with torch.no_grad():
+        logits = policy.model(torch.tensor([PROMPTS[0]])).logits[0, -1]
     for temperature, row in ((0.7, 0), (1.3, 1)):
-        counts = []
-        for size in (0, 50):
-            sampler = PairedSampler(max_completion_length=1, paired_batch_size=size)
-            group = sampler.sample(policy, prompts[:1], 4000, seed=3).completions[0]
-            counts.append(torch.tensor([one.token_ids[0] for one in group[row::2]]).bincount(minlength=24))
-        with torch.no_grad():
-            logits = policy.model(torch.tensor([PROMPTS[0]])).logits[0, -1]
+        count = torch.tensor([one.token_ids[0] for one in group[row::2]]).bincount(minlength=24)
         expected = 2000 * (logits / temperature).softmax(dim=0)
-        for count in counts:
-            chi_squared = ((count - expected).square() / expected)[expected > 5].sum()
-            assert float(chi_squared) < 50, "23 degrees of freedom: above 50 once in a thousand"
+        chi_squared = ((count - expected).square() / expected)[expected > 5].sum()
+        assert float(chi_squared) < 50, "23 degrees of freedom: above 50 once in a thousand"
 
 
 def test_only_the_seed_decides(policy: Policy, prompts: tuple[Prompt, ...]) -> None:
@@ -143,7 +119,7 @@ def test_only_the_seed_decides(policy: Policy, prompts: tuple[Prompt, ...]) -> N
 
 def test_greedy_is_that_of_the_plain_sampler(policy: Policy, prompts: tuple[Prompt, ...]) -> None:
     ours = PairedSampler(max_completion_length=6).greedy(policy, prompts)
-    assert ours == HFSampler(temperature=1.0, max_completion_length=6).greedy(policy, prompts)
+    assert ours == NativeSampler(temperature=1.0, max_completion_length=6).greedy(policy, prompts)
 
 
 def test_cuts_reach_the_draw(policy: Policy, prompts: tuple[Prompt, ...]) -> None:

@@ -62,6 +62,11 @@ class NativeSampler:
         self.stop = stop
         self.decoder: choice.DecoderName = decoder
 
+    @property
+    def rows_at_a_time(self) -> int | None:
+        """Completions decoded at a time; None for all of a step."""
+        return self.batch_size or None
+
     def sample(self, policy: PolicyView, prompts: Sequence[Prompt], group_size: int, seed: int) -> Rollouts:
         """``group_size`` completions per prompt; all randomness comes from ``seed``."""
         return self._rollouts(policy, prompts, group_size, seed, do_sample=True)

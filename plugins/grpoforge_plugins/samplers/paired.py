@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
 from grpoforge.collate import split
 from grpoforge.errors import ConfigError
 from grpoforge.types import Completion, PolicyView, Prompt, Rollouts
-from grpoforge_plugins.samplers.hf import generate, seeded
-
-Decode = Callable[[PolicyView, Sequence[Prompt], Sequence[float], int | None], list[Completion]]
-"""``(policy, prompts, temperatures, seed) -> completions``: one for each prompt, row ``i`` at ``temperatures[i]``.
-
-All randomness comes from ``seed``; None takes the most probable token every time.
-"""
+from grpoforge_plugins.samplers.inverse_cdf import Cuts
+from grpoforge_plugins.samplers.native import decode
+from grpoforge_plugins.samplers.streams import streams
 
 
 class PairedSampler:
@@ -23,9 +19,8 @@ class PairedSampler:
     A group of ``G = 2n`` completions is n pairs, its rows in the order cold, hot, cold, hot (in that of
     ``temperatures``). Every row carries its own temperature into current, old and reference log-probs, so the ratio
     before the first update is 1 at both. A step draws ``num_sample_pairs`` pairs over all its prompts and processes,
-    ``paired_batch_size`` at a time. transformers draws the tokens of all rows that are decoded together from one
-    generator: another ``paired_batch_size`` gives other draws of the same distributions. ``top_p``, ``top_k`` and
-    ``min_p`` cut as in the sampler ``hf``.
+    ``paired_batch_size`` at a time, as the sampler ``native`` draws: how many at a time changes memory, nothing else.
+    ``top_p``, ``top_k`` and ``min_p`` cut as there.
     """
 
     block: ClassVar[int] = 2
@@ -61,8 +56,7 @@ class PairedSampler:
         self.num_sample_pairs = num_sample_pairs
         self.paired_batch_size = paired_batch_size
         self.max_completion_length = max_completion_length
-        self.cuts = {"top_p": top_p, "top_k": top_k, "min_p": min_p or None}
-        self.decode: Decode = self._generate
+        self.cuts = Cuts(top_k=top_k, top_p=top_p, min_p=min_p)
 
     @property
     def rows_at_a_time(self) -> int | None:
@@ -92,11 +86,11 @@ class PairedSampler:
                 f"ask for {group_size + 1}",
             )
         rows = [prompt for prompt in prompts for _ in range(group_size)]
-        return self._rollouts(prompts, self.decode(policy, rows, self.temperatures * (len(rows) // 2), seed))
+        return self._rollouts(prompts, self._decode(policy, rows, self.temperatures * (len(rows) // 2), seed))
 
     def greedy(self, policy: PolicyView, prompts: Sequence[Prompt]) -> Rollouts:
         """The most probable completion of each prompt, which no temperature changes; its log-probs are at 1."""
-        return self._rollouts(prompts, self.decode(policy, prompts, [1.0] * len(prompts), None))
+        return self._rollouts(prompts, self._decode(policy, prompts, [1.0] * len(prompts), None))
 
     def sync(self, policy: PolicyView) -> None:
         """Nothing to do: it samples from the policy's own weights."""
@@ -109,15 +103,18 @@ class PairedSampler:
             max_completion_length=self.max_completion_length,
         )
 
-    def _generate(
+    def _decode(
         self, policy: PolicyView, prompts: Sequence[Prompt], temperatures: Sequence[float], seed: int | None
     ) -> list[Completion]:
-        """`Decode` by transformers, some pairs at a time; greedy rows at once: evaluation hands over few enough."""
-        length = self.max_completion_length
-        if seed is None:
-            return generate(policy, prompts, temperatures, length, do_sample=False)
-        drawn: list[Completion] = []
-        with seeded(seed, policy.device):
-            for rows in split(len(prompts), 2 * self.paired_batch_size or len(prompts)):
-                drawn += generate(policy, prompts[rows], temperatures[rows], length, do_sample=True, **self.cuts)
-        return drawn
+        """One completion per prompt, row ``i`` at ``temperatures[i]``; without a seed the most probable ones."""
+        return decode(
+            policy,
+            prompts,
+            temperatures,
+            streams(seed or 0, [prompt.index for prompt in prompts]),
+            self.max_completion_length,
+            do_sample=seed is not None,
+            cuts=self.cuts,
+            # Evaluation hands over as few as fit in memory.
+            slots=0 if seed is None else 2 * self.paired_batch_size,
+        )
