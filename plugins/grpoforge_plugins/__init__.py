@@ -31,6 +31,7 @@ from grpoforge_plugins.rewards.format import format_reward
 from grpoforge_plugins.rewards.math import math
 from grpoforge_plugins.rewards.overlong import soft_overlong
 from grpoforge_plugins.samplers.hf import HFSampler
+from grpoforge_plugins.samplers.vllm import VLLMColocateSampler, VLLMSampler
 from grpoforge_plugins.trackers.console import Console
 from grpoforge_plugins.trackers.jsonl import Jsonl
 from grpoforge_plugins.trackers.rollouts import RolloutsFile
@@ -52,6 +53,8 @@ def register_rewards(register: Any) -> None:
 @hookimpl
 def register_samplers(register: Any) -> None:
     register("hf", HFSampler)
+    register("vllm", VLLMSampler)
+    register("vllm_colocate", VLLMColocateSampler)
 
 
 @hookimpl
