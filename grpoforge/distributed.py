@@ -131,8 +131,8 @@ def start_workers() -> Workers:
 
 
 def stop_workers() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
+    """Leave the process group, if there is one. A group of one process is not ours: a component made it for itself."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
         dist.destroy_process_group()
 
 

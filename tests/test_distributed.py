@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from grpoforge.assembly import check_coupling
@@ -385,6 +386,16 @@ def test_each_rank_takes_its_device_before_it_meets_the_others(
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
     assert start_workers() == Workers(rank=1, size=2)
     assert made == calls
+
+
+def test_a_group_of_one_process_is_left_to_who_made_it(tmp_path: Path) -> None:
+    """An engine inside the process, such as vLLM's, makes one for itself and takes it down itself."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        stop_workers()
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
 
 
 def main(folder: Path) -> None:

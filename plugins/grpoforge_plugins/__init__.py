@@ -42,6 +42,7 @@ from grpoforge_plugins.rewards.reward_model import RewardModel
 from grpoforge_plugins.samplers.hf import HFSampler
 from grpoforge_plugins.samplers.native import NativeSampler
 from grpoforge_plugins.samplers.paired import PairedSampler
+from grpoforge_plugins.samplers.vllm import VLLMColocateSampler, VLLMSampler
 from grpoforge_plugins.trackers.console import Console
 from grpoforge_plugins.trackers.jsonl import Jsonl
 from grpoforge_plugins.trackers.rollouts import RolloutsFile
@@ -71,6 +72,8 @@ def register_samplers(register: Any) -> None:
     register("native", NativeSampler)
     register("hf", HFSampler)
     register("paired", PairedSampler)
+    register("vllm", VLLMSampler)
+    register("vllm_colocate", VLLMColocateSampler)
 
 
 @hookimpl
