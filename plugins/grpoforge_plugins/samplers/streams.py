@@ -56,4 +56,5 @@ def _signed(number: int) -> int:
 
 def _shifted(state: Tensor, by: int) -> Tensor:
     """To the right, with zeros from the left: torch's shift copies the sign."""
-    return (state >> by) & (2 ** (64 - by) - 1)
+    kept: Tensor = (state >> by) & (2 ** (64 - by) - 1)
+    return kept
