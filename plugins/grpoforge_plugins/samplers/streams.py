@@ -46,8 +46,7 @@ def uniforms(rows: Tensor, tokens: Tensor) -> Tensor:
     state = (state ^ _shifted(state, 30)) * _signed(FIRST)
     state = (state ^ _shifted(state, 27)) * _signed(SECOND)
     state = state ^ _shifted(state, 31)
-    numbers: Tensor = _shifted(state, 12).double() * 2.0**-52
-    return numbers
+    return _shifted(state, 12).double() * 2.0**-52
 
 
 def _signed(number: int) -> int:
@@ -56,4 +55,5 @@ def _signed(number: int) -> int:
 
 def _shifted(state: Tensor, by: int) -> Tensor:
     """To the right, with zeros from the left: torch's shift copies the sign."""
-    return (state >> by) & (2 ** (64 - by) - 1)
+    shifted: Tensor = (state >> by) & (2 ** (64 - by) - 1)
+    return shifted
