@@ -108,7 +108,7 @@ def test_rows_at_the_target_are_left_as_they_are(take_step: Take) -> None:
         {"micro_batch_size": 1, "minibatch_size": 2},
         {"micro_batch_size": 1, "loss": KLCov()},
     ],
-    ids=str,
+    ids=["single rows", "uneven", "two updates", "whole minibatch"],
 )
 def test_micro_batches_change_nothing(choices: dict[str, Any], take_step: Take) -> None:
     whole = take_step(corrections=(TargetTIS(),), **({} | choices | {"micro_batch_size": 64}))[1]

@@ -109,7 +109,7 @@ def test_a_smaller_size_differs_in_sizes_only(size: str) -> None:
     large, small = recipe("gsm8k-qwen2.5-3b"), recipe(size)
     for part in ("sampler", "advantage", "loss", "kl"):
         assert getattr(small, part).name == getattr(large, part).name
-    assert [reward.name for reward in small.rewards] == [reward.name for reward in large.rewards]
-    assert [reward.weight for reward in small.rewards] == [reward.weight for reward in large.rewards]
+    weights = [(reward.name, reward.weight) for reward in large.rewards]
+    assert [(reward.name, reward.weight) for reward in small.rewards][: len(weights)] == weights
     for key in ("kl.beta", "optim", "batch.epochs", "batch.minibatch_size", "reduction", "eval.metric", "trackers"):
         assert value_at(small, key) == value_at(large, key), key
