@@ -303,10 +303,14 @@ def named_components(algorithm: Algorithm, evaluation: Evaluation, trackers: Seq
 
 
 def learners(algorithm: Algorithm) -> list[tuple[str, Learner]]:
-    """The components that learn from finished steps, each with its name. Those of evaluation only measure."""
+    """The components that learn from finished steps, each with its name, prepared. Those of evaluation only measure."""
     named: list[tuple[str, Any]] = [(reward.name, reward.function) for reward in algorithm.drawing.rewards]
     named += [("sampler", algorithm.drawing.sampler), ("advantage", algorithm.advantage.function)]
-    return [(name, part) for name, part in [*named, ("loss", algorithm.objective.loss)] if isinstance(part, Learner)]
+    named.append(("loss", algorithm.objective.loss))
+    found = [(name, part) for name, part in named if isinstance(part, Learner)]
+    for _, part in found:
+        getattr(part, "prepare", lambda: None)()
+    return found
 
 
 def step_hook(host: PluginHost) -> Callable[[StepReport], None]:

@@ -13,7 +13,8 @@ class Learner(Protocol):
     """A component that learns from the steps of the run, such as a reward with a model of its own.
 
     Both methods are called after every step, before its checkpoint, on every rank. All ranks learn from the same
-    lessons, so that all end up with the same component.
+    lessons, so that all end up with the same component. A method ``prepare()``, if there is one, is called before the
+    first step: what cannot be loaded is then missed at once.
     """
 
     def lessons(self, report: StepReport, name: str) -> Sequence[Any]:

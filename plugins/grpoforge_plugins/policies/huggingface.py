@@ -218,7 +218,10 @@ def add_adapter(network: Any, model: ModelConfig) -> Any:
 
 
 def _checkpoint_gradients(network: Any) -> None:
-    network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with warnings.catch_warnings():
+        # The name is about to change, and the range of versions that we support has only the old one in common.
+        warnings.simplefilter("ignore", FutureWarning)
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     network.enable_input_require_grads()
     network.train()
 

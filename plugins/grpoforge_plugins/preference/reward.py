@@ -104,6 +104,17 @@ class Preference:
         self.vocabulary: list[str] | None = None
         """Of a new encoder: read once, from the first pairs."""
         self.teacher: Teacher | None = None
+        self.encoder: Encoder | None = None
+        """Of a folder or the hub, from `prepare` on."""
+
+    def prepare(self) -> None:
+        """Read the encoder that is named before the first step: one that is not there is missed at once.
+
+        Raises:
+            ModelError: it cannot be loaded.
+        """
+        if self.source is not None and self.encoder is None:
+            self.encoder = Encoder.load(self.source, **self.encoding)
 
     def __call__(self, rollouts: Rollouts) -> list[float | None]:
         """One number, or None, for each of the ``B`` completions."""
@@ -171,8 +182,9 @@ class Preference:
 
     def _hire(self) -> Teacher:
         """The encoder and its optimizer: read from its folder, or made for the texts of the first pairs."""
-        if self.source is not None:
-            return Teacher(Encoder.load(self.source, **self.encoding), **self.teaching)
+        self.prepare()
+        if self.encoder is not None:
+            return Teacher(self.encoder, **self.teaching)
         if self.vocabulary is None:
             pairs = self.buffer.pairs
             self.vocabulary = new_vocabulary([text for one in pairs for text in (one.prompt, one.chosen, one.rejected)])
