@@ -195,6 +195,12 @@ class BatchConfig(Section):
     """Largest gap between the sampler's log-prob of a token and the policy's at which the sampler's are taken; checked
     on some rows of each step."""
 
+    @field_validator("shared_prefix", mode="before")
+    @classmethod
+    def _yaml_reads_on_and_off(cls, value: Any) -> Any:
+        """``on`` and ``off`` are true and false in YAML."""
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
 
 class OptimConfig(Section):
     """AdamW and its schedule."""

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from grpoforge.config import BatchConfig, Config, DataConfig, OptimConfig, RewardPart, Section, check_batch
 from grpoforge.errors import ConfigError
+from grpoforge.layers import build
+from grpoforge.yaml_source import parse_override
 
 
 def batch(prompts: int, completions: int, **sizes: Any) -> Config:
@@ -141,3 +143,9 @@ def test_every_key_is_documented() -> None:
         "Config.kl",
         "Config.trackers",
     ]
+
+
+@pytest.mark.parametrize(("written", "meant"), [("on", "on"), ("off", "off"), ("auto", "auto"), ("'off'", "off")])
+def test_on_and_off_are_words_whatever_yaml_makes_of_them(written: str, meant: str) -> None:
+    config = build([("--set", parse_override(f"batch.shared_prefix={written}"))])
+    assert config.batch.shared_prefix == meant

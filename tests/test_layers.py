@@ -123,7 +123,7 @@ def test_origins_play_no_part_in_equality() -> None:
     assert build([("a", {"seed": 1})]) == build([("b", {"seed": 1})])
 
 
-STEPS = "`max_steps`: Steps to take; by default `epochs` passes over the training problems."
+STEPS = "`max_steps`: Steps to take at most; by default those of `epochs`."
 WEIGHT = "`weight`: Weight in the sum; the reward's registered weight when not given."
 EVERY_KEY = "see `grpoforge recipes show tiny-math --json` for every key"
 MISTAKES: list[tuple[dict[str, Any], str, str]] = [

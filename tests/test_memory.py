@@ -74,7 +74,7 @@ def test_what_is_unknown_is_said() -> None:
     sampler = SimpleNamespace(max_completion_length=20)
     assert describe(config(), None, sampler) == ["not estimated: the configuration of tiny-math is not on this machine"]
     assert describe(config(), SIZE, object()) == [
-        "not estimated: sampler `hf` does not say how long its completions may be"
+        "not estimated: sampler `native` does not say how long its completions may be"
     ]
 
 

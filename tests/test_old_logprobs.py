@@ -231,7 +231,7 @@ def test_checked_rows_are_others_at_every_version() -> None:
 def test_the_samplers_log_probs_alone_are_refused_where_more_is_read(changes: dict[str, Any], why: str) -> None:
     config = build([("a.yaml", changes), ("b.yaml", {"batch": {"old_logprobs": "sampler"}})])
     with pytest.raises(ConfigError, match="old_logprobs` is `sampler`") as failure:
-        check_together(config, group, Clip(), k1, ())
+        check_together(config, sampler=object(), advantage=group, loss=Clip(), kl=k1, corrections=())
     assert why in failure.value.message and "(from b.yaml)" in failure.value.message
     assert failure.value.hint == "use `--set batch.old_logprobs=auto`"
 

@@ -25,7 +25,7 @@ def list_recipes(as_json: AsJson = False) -> None:
     """List the recipes and what each is: tasks first, then algorithms."""
     from grpoforge.yaml_source import read_recipe, recipe_names, recipe_text
 
-    kinds = {name: "algorithm" if "recipe" in read_recipe(name) else "task" for name in recipe_names()}
+    kinds = {name: "task" if "model" in read_recipe(name) else "algorithm" for name in recipe_names()}
     names = sorted(kinds, key=lambda name: (list(GROUPS).index(kinds[name]), name))
     about = {name: headline(recipe_text(name)) for name in names}
     if as_json:

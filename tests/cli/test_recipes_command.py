@@ -13,7 +13,7 @@ from grpoforge import __version__
 from grpoforge.config import Config
 from grpoforge.yaml_source import recipe_names, recipe_text
 
-TASKS = ["gsm8k-qwen2.5-0.5b", "tiny-math"]
+TASKS = ["gsm8k-qwen2.5-0.5b", "gsm8k-qwen2.5-3b", "gsm8k-smoke", "tiny-math"]
 IN_ORDER = [*TASKS, *(name for name in recipe_names() if name not in TASKS)]
 
 

@@ -118,7 +118,8 @@ FLAGS = {
         ("--set", "rewards.math.extraction=loose"),
         "option `extraction` of reward `grpoforge:math`: input should be 'strict' or 'lenient', got `'loose'` "
         "(from --set rewards.math.extraction=loose)",
-        "`extraction` is `Literal['strict', 'lenient']`",
+        "`extraction` is `Literal['strict', 'lenient']`: strict: the answer must be stated; lenient: else the last "
+        "number",
     ),
     "option of a dataset": (
         ("--set", "data.options.num_rows=5"),
@@ -172,7 +173,7 @@ FLAGS = {
     "steps": (
         ("--max-steps", "0"),
         "`max_steps` is `0` (from --max-steps): it must be greater than or equal to 1",
-        "`max_steps`: Steps to take; by default `epochs` passes over the training problems.",
+        "`max_steps`: Steps to take at most; by default those of `epochs`.",
     ),
     "unknown flag": (
         ("--rewrd", "math"),

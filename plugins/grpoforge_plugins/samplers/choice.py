@@ -54,7 +54,8 @@ def _choose(policy: PolicyView, name: DecoderName) -> Decoder:
         decoder = DECODERS[one]()
         reason = obstacle(policy, decoder)
         if reason is None:
-            logger.info("completions are decoded by the %s decoder%s", one, "".join(f"; not {r}" for r in reasons))
+            if reasons:
+                logger.info("completions are decoded by the %s decoder; not %s", one, "; not ".join(reasons))
             return decoder
         reasons.append(f"{one}: {reason}")
     if name != "auto":
