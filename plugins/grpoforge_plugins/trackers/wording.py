@@ -82,7 +82,8 @@ def step_numbers(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     numbers = [("reward", f"{metrics['reward']:.3f}")] if "reward" in metrics else []
     for name, value in metrics.items():
         if name.startswith("rewards/") and name.endswith("/mean"):
-            numbers.append((one_line(name[len("rewards/") : -len("/mean")], 40), f"{value:.3f}"))
+            shown = "-" if math.isnan(value) else f"{value:.3f}"  # nothing was scored
+            numbers.append((one_line(name[len("rewards/") : -len("/mean")], 40), shown))
     if "completions/mean_length" in metrics:
         numbers.append(("length", f"{metrics['completions/mean_length']:.1f}"))
     if "kl" in metrics:

@@ -68,6 +68,7 @@ def test_step_numbers_are_the_ones_that_matter() -> None:
 
 def test_step_numbers_show_nan_and_leave_out_what_is_missing() -> None:
     assert step_numbers({"reward": NAN, "kl": NAN}) == [("reward", "nan"), ("kl", "nan")]
+    assert step_numbers({"rewards/preference/mean": NAN}) == [("preference", "-")], "it abstained"
     assert step_numbers({"kl": 0.00001, "tokens_per_second": NAN}) == [("kl", "1.0e-05"), ("tokens/s", "nan")]
     assert step_numbers({}) == []
 
