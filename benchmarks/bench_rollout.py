@@ -289,9 +289,8 @@ def main() -> None:
     lines = []
     for name in names:
         for line in describe(name, measure(CASES[name], peers, given.rounds, CLOCKS[given.clock])):
-            line["peak_mb"] = (
-                None if given.no_peak or line["peer"] == VLLM_PEER else round(peak(name, line["peer"], given.threads))
-            )
+            is_here = line["peer"] != VLLM_PEER
+            line["peak_mb"] = round(peak(name, line["peer"], given.threads)) if is_here and not given.no_peak else None
             print(f"{name:10} {line['peer']:28} {line['tokens_per_second']:10,.1f} tokens/s  {line['ratio']}x"
                   f"  peak {line['peak_mb']} MB", flush=True)  # fmt: skip
             lines.append(line)
