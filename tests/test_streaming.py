@@ -197,7 +197,8 @@ def test_nothing_that_can_be_used(given: list[Row | BadRow], message: str) -> No
 
 
 MEASURE = """
-import resource, sys
+import sys
+from pathlib import Path
 from grpoforge.layers import build
 from grpoforge.parts import resolve
 from grpoforge.plugins import load_plugins
@@ -206,7 +207,9 @@ from grpoforge.streaming import Shuffled
 streaming = sys.argv[2] == "streaming"
 data = {"dataset": sys.argv[1], "num_eval": 10, "streaming": streaming, "shuffle_buffer": 1000}
 host = load_plugins()
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+# Not ru_maxrss, which a process inherits from the one that started it.
+status = lambda: Path("/proc/self/status").read_text().split()
+peak = lambda: int(status()[status().index("VmHWM:") + 1]) // 1024
 before = peak()
 parts = resolve(build([("mine", {"max_steps": 1, "data": data})]), host)
 rows = Shuffled(parts.stream) if streaming else iter(parts.train_rows)

@@ -266,6 +266,27 @@ def test_threads_that_share_a_batch_draw_the_same(
 
 
 @needs_cpp
+def test_threads_that_share_a_batch_agree_on_long_prompts_and_few_slots(
+    policy: Policy, make_prompts: Callable[..., tuple[Prompt, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass may hold nothing but the middle of a prompt, and all slots may end while rows of the prompt wait."""
+    from grpoforge_kernels.cpp import decode as backend
+
+    policy.model.config.max_position_embeddings = 2048
+    prompts = make_prompts([[2 + (7 * place + number) % 20 for place in range(900)] for number in range(2)])
+    options = {"max_completion_length": 2, "decoder": "cpp"}
+    alone = NativeSampler(**options).sample(policy, prompts, 9, seed=4)  # type: ignore[arg-type]
+    monkeypatch.setattr(backend, "ALONE", 0)
+    torch.set_num_threads(2)
+    try:
+        for size in (0, 1, 2, 4):
+            shared = NativeSampler(**options, batch_size=size).sample(policy, prompts, 9, seed=4)  # type: ignore[arg-type]
+            assert shared == alone
+    finally:
+        torch.set_num_threads(1)
+
+
+@needs_cpp
 def test_the_decoders_draw_the_same(policy: Policy, prompts: tuple[Prompt, ...]) -> None:
     for cuts in ({}, {"top_k": 5, "top_p": 0.8}, {"min_p": 0.1}):
         ours, theirs = (

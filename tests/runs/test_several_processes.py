@@ -84,7 +84,7 @@ def test_a_preference_model_learns_from_the_pairs_of_both(tmp_path: Path, progra
     preference = "{name: preference, batch_size: 2, min_pairs: 2, min_accuracy: 0, preference_threshold: 0.001}"
     rewards = f"rewards=[{{name: '{rewards_file}:digits'}}, {preference}]"
     flags = ("--set", rewards, "--set", "eval.reward=digits", "--set", "kl.beta=0")
-    process = torchrun(program, "train", "--max-steps", "3", "--output", "run", *SMALL, *flags)
+    process = torchrun(program, "train", "--max-steps", "6", "--output", "run", *SMALL, *flags)
     _, talk = process.communicate(timeout=240)
     assert process.returncode == 0, talk
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]

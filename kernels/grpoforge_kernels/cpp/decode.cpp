@@ -166,8 +166,12 @@ public:
     // At most `steps` tokens of each row; whether any row is left.
     bool run(const Team& team, int64_t steps) {
         while (steps-- > 0) {
-            team.alone([&] { prepare(); });
-            if (live.empty() && entering.empty()) return false;
+            team.alone([&] {
+                prepare();
+                is_idle = live.empty() && entering.empty();
+            });
+            // Not read from the lists: the first thread may be at the next pass already, changing them.
+            if (is_idle) return false;
             for (size_t first = 0; first < queue.size(); first += static_cast<size_t>(batch))
                 pass(team, queue.data() + first, std::min<int64_t>(batch, static_cast<int64_t>(queue.size() - first)));
             choose(team);
@@ -192,6 +196,7 @@ private:
     std::vector<std::unique_ptr<Prompt>> prompts;  // those that are in use
     Unit unit = {0, 0, 0};
     std::vector<Row> live, entering;
+    bool is_idle = false;
     std::vector<Token> queue;
     std::vector<int64_t> wanted;
     std::vector<const float*> sources;  // hidden states that go through the head
@@ -314,7 +319,8 @@ private:
             if (l + 1 == m.num_layers) {
                 team.alone([&] { narrow(tokens, rows); });
                 rows = static_cast<int64_t>(wanted.size());
-                if (rows == 0) return;
+                // All have read `wanted` before the next pass changes it.
+                if (rows == 0) return team.wait();
             }
             attend(team, tokens, l);
             multiply(team, mixed.data, m.heads * m.d, layer.out, layer.out_bias, rows, m.heads * m.d, hidden, x.data,
