@@ -245,6 +245,8 @@ def assemble(
     engine = make_engine(config, algorithm, policy, workers, max_steps * config.updates_per_step)
     info = run_info(config, parts, policy, run_dir, (num_train, len(evaluation.prompts)), (first_step, max_steps))
     trackers = [chosen.build(info) for _, chosen in parts.trackers] if workers.is_main else []
+    learning = learners(algorithm)
+    prepare(learning)
     return Trainer(
         engine=engine,
         train=train,
@@ -262,7 +264,7 @@ def assemble(
         trackers=trackers,
         components={"prompts": train, **named_components(algorithm, evaluation, trackers)},
         run_dir=run_dir,
-        learners=learners(algorithm),
+        learners=learning,
         step_finished=step_hook(host) if workers.is_main else lambda report: None,
     )
 
@@ -303,14 +305,26 @@ def named_components(algorithm: Algorithm, evaluation: Evaluation, trackers: Seq
 
 
 def learners(algorithm: Algorithm) -> list[tuple[str, Learner]]:
-    """The components that learn from finished steps, each with its name, prepared. Those of evaluation only measure."""
+    """The components that learn from finished steps, each with its name. Those of evaluation only measure."""
     named: list[tuple[str, Any]] = [(reward.name, reward.function) for reward in algorithm.drawing.rewards]
     named += [("sampler", algorithm.drawing.sampler), ("advantage", algorithm.advantage.function)]
     named.append(("loss", algorithm.objective.loss))
-    found = [(name, part) for name, part in named if isinstance(part, Learner)]
-    for _, part in found:
-        getattr(part, "prepare", lambda: None)()
-    return found
+    return [(name, part) for name, part in named if isinstance(part, Learner)]
+
+
+def prepare(learning: Sequence[tuple[str, Learner]]) -> None:
+    """Let components that learn load what they will need, before the first step.
+
+    Raises:
+        RunFailed: one raised.
+    """
+    for name, part in learning:
+        try:
+            part.prepare()
+        except GrpoforgeError:
+            raise
+        except Exception as error:  # the boundary: a component is foreign code
+            raise failed(f"`prepare` of `{name}`", error) from error
 
 
 def step_hook(host: PluginHost) -> Callable[[StepReport], None]:

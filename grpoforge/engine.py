@@ -168,7 +168,8 @@ class Engine:
     ) -> tuple[TokenLogprobs, Tensor, tuple[str, ...]]:
         """`freeze`, without the passes whose answer is known, and which of the two only the update will tell."""
         part, num_updates = self.algorithm, len(list(self.minibatches(batch.num_rows, seed=0)))
-        old = TokenLogprobs(logprobs=batch.sampling_logprobs, entropy=torch.zeros_like(batch.sampling_logprobs))
+        sampled = batch.sampling_logprobs.to(torch.promote_types(self.policy.precision.computed, torch.float32))
+        old = TokenLogprobs(logprobs=sampled, entropy=torch.zeros_like(sampled))
         if part.old_logprobs.may_come_from_update(num_updates=num_updates, is_read_before=part.reads_old_early):
             if self.reference_is_policy:
                 return old, old.logprobs, ("old", "reference")

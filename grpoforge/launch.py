@@ -17,7 +17,7 @@ import torch
 
 from grpoforge import __version__, checkpoint
 from grpoforge.assembly import assemble, check_workers, load_policy
-from grpoforge.config import Config
+from grpoforge.config import Config, RewardPart
 from grpoforge.continuation import check_weights, commit_of, compare, weights_of
 from grpoforge.distributed import Workers, start_workers, stop_workers
 from grpoforge.errors import CheckpointError
@@ -300,15 +300,19 @@ def pin_paths(config: Config) -> Config:
             "data": config.data.model_copy(update=data),
             "model": config.model.model_copy(update=model),
             "plugins": [_absolute(file) for file in config.plugins],
-            "rewards": [part.model_copy(update={"name": _pinned_reward(part.name)}) for part in config.rewards],
+            "rewards": [part.model_copy(update=_pinned_reward(part)) for part in config.rewards],
         }
     )
 
 
-def _pinned_reward(name: str) -> str:
-    """``./rewards.py:score`` with an absolute path; other names as they are."""
-    file, _, function = name.rpartition(":")
-    return f"{_absolute(file)}:{function}" if file.endswith(".py") else name
+def _pinned_reward(part: RewardPart) -> dict[str, Any]:
+    """``./rewards.py:score`` with an absolute path, and so a ``model`` that is a folder; other values as they are."""
+    file, _, function = part.name.rpartition(":")
+    pinned: dict[str, Any] = {"name": f"{_absolute(file)}:{function}"} if file.endswith(".py") else {}
+    model = part.options.get("model")
+    if isinstance(model, str) and Path(model).expanduser().is_dir():
+        pinned["model"] = _absolute(model)
+    return pinned
 
 
 def _absolute(path: str) -> str:

@@ -12,10 +12,13 @@ from grpoforge.types import StepReport
 class Learner(Protocol):
     """A component that learns from the steps of the run, such as a reward with a model of its own.
 
-    Both methods are called after every step, before its checkpoint, on every rank. All ranks learn from the same
-    lessons, so that all end up with the same component. A method ``prepare()``, if there is one, is called before the
-    first step: what cannot be loaded is then missed at once.
+    The other two methods are called after every step, before its checkpoint, on every rank. All ranks learn from the
+    same lessons, so that all end up with the same component.
     """
+
+    def prepare(self) -> None:
+        """Called once before the first step: load what will be needed, so that what is not there is missed at once."""
+        ...
 
     def lessons(self, report: StepReport, name: str) -> Sequence[Any]:
         """What this rank's rows of the step teach: JSON values.

@@ -43,7 +43,7 @@ class OldLogprobs:
         """How far the sampler is from the policy on some rows, see `sampling_difference`, where it may be trusted.
 
         None where the policy has to be asked for all rows: another version of it drew them, numbers are too coarse
-        (``auto`` with bf16), or a checked token differs by more than `tolerance`.
+        (``auto`` with bf16), a checked token differs by more than `tolerance`, or all rows to check are masked.
         """
         versions = {completion.policy_version for completion in rollouts.flat()}
         is_fine = torch.finfo(policy.precision.computed).eps <= torch.finfo(torch.float32).eps
@@ -52,9 +52,10 @@ class OldLogprobs:
         rows = checked_rows(batch.num_rows, policy.version)
         part = batch.rows(rows)
         found = sampling_difference(part, policy.frozen_logprobs(part, micro_batch_size).logprobs)
-        if found[2] <= self.tolerance:
+        num_checked = found[1]
+        if num_checked and found[2] <= self.tolerance:
             return found
-        if not self.has_warned:
+        if num_checked and not self.has_warned:
             self.has_warned = True
             logger.warning(
                 "the sampler's log-probs differ from the policy's by up to %.2g, more than `batch.sampler_tolerance` "

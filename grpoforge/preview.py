@@ -155,7 +155,8 @@ def _rows(
         return problems.held_out, problems.examples
     if problems.stream is None:
         return problems.train, problems.examples
-    return list(itertools.islice(problems.stream.open(), problems.stream.buffer)), problems.examples
+    rows = (row for _, row in problems.stream.numbered())
+    return list(itertools.islice(rows, problems.stream.buffer)), problems.examples
 
 
 def _columns(row: Row, rewards: Sequence[ChosenReward]) -> tuple[Column, ...]:

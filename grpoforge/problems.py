@@ -132,6 +132,9 @@ def open_stream(config: Config, host: PluginHost, rewards: Sequence[ChosenReward
             "known, and `epochs` is no number of steps",
             "say how many steps to take: `--max-steps N`",
         )
+    if config.epochs is not None:
+        logger.warning("`epochs` is %d, and nobody counts the rows of a stream: the run takes all of its %d steps",
+                       config.epochs, config.max_steps)  # fmt: skip
     columns, read = _lazily(config, host, rewards, data.dataset, "train")
     if _has_own_eval(data):
         num_held_out, held_out = 0, _load_split(config, host, rewards, _split_while_training(config, host))

@@ -172,3 +172,11 @@ def test_winding_back_to_nothing_forgets_the_first_evaluation_too(tmp_path: Path
     assert run_dir.metrics.read_text() == ""
     assert not run_dir.tensorboard.exists()
     assert checkpoint.published(run_dir.checkpoints) == []
+
+
+def test_the_folder_of_a_rewards_model_is_pinned_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "encoder").mkdir()
+    rewards = [{"name": "math"}, {"name": "preference", "model": "encoder"}, {"name": "reward_model", "model": "a/hub"}]
+    pinned = pin_paths(small({"rewards": rewards})).rewards
+    assert [part.options.get("model") for part in pinned] == [None, str(tmp_path / "encoder"), "a/hub"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -116,3 +117,10 @@ def test_the_published_sizes_of_the_recipes_models() -> None:
         size = policy_size(ModelConfig(name=name))
         assert size is not None and size.num_parameters == num_parameters
     assert policy_size(ModelConfig(name="nobody/nothing")) is None
+
+
+def test_a_folder_that_is_no_causal_model_has_no_size(tmp_path: Path) -> None:
+    from transformers import T5Config
+
+    T5Config(num_layers=1, d_model=8).save_pretrained(tmp_path)
+    assert policy_size(ModelConfig(name=str(tmp_path))) is None

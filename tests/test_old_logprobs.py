@@ -248,3 +248,15 @@ def test_a_frozen_copy_knows_when_the_policy_has_moved(
     policy.version = 1
     assert engine.freeze(batch, Meter())[1] is not old.logprobs
     assert make_engine(policy, reference=tiny_policy().freeze(), beta=0.1).reference_is_policy is False
+
+
+def test_rows_without_a_token_check_nothing(
+    tiny_policy: Callable[..., Policy], make_rollouts: Callable[..., Rollouts], caplog: pytest.LogCaptureFixture
+) -> None:
+    """All rows to check were cut at the limit and masked: that is no agreement, and no reason for a warning."""
+    policy = tiny_policy()
+    rollouts = make_rollouts(PROMPTS, COMPLETIONS, [[0.7, 1.3]] * 3)
+    batch = collate(rollouts, pad_token_id=0)
+    masked = dataclasses.replace(batch, completion_mask=torch.zeros_like(batch.completion_mask))
+    assert OldLogprobs("sampler").from_sampler(policy, masked, rollouts, 8) is None
+    assert not caplog.messages

@@ -361,6 +361,9 @@ class Pupil:
         self.learned: list[Any] = []
         self.fails_at, self.error = fails_at, error or ZeroDivisionError("by zero")
 
+    def prepare(self) -> None:
+        """Nothing to load."""
+
     def lessons(self, report: StepReport, name: str) -> list[Any]:
         return [[name, report.step, report.metrics["reward"]]]
 

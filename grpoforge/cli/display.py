@@ -40,7 +40,8 @@ def plan_lines(config: Config, parts: Parts) -> list[str]:
     batch = config.batch
     rows = batch.prompts_per_step * batch.completions_per_prompt
     micro = batch.micro_batch_size or config.minibatch_size
-    steps, updates = num_steps(config, len(parts.train_rows)), config.updates_per_step
+    num_train = None if parts.stream else len(parts.train_rows)
+    steps, updates = num_steps(config, num_train), config.updates_per_step
     passes = _count(batch.epochs, "pass", "passes")
     longest = parts.sampler.options.get("max_completion_length", "the sampler's default")
     dialect = describe_dialect(config)

@@ -179,6 +179,14 @@ def test_a_stream_is_shown_from_its_buffer(cli: Callable[..., Any], dataset: Cal
     assert as_json(cli, *flags)["is_complete"] is False
 
 
+def test_a_stream_that_evaluation_uses_up_is_refused(
+    refused: Callable[..., tuple[str, str]], dataset: Callable[..., str]
+) -> None:
+    message, hint = refused("data", "show", "--dataset", dataset(*ROWS), "--set", "data.streaming=true")
+    assert "ends within the rows held out for evaluation" in message
+    assert hint.startswith("lower `data.num_eval`")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -138,3 +138,13 @@ def test_options_of_a_reward_of_a_file(cli: Callable[..., Any], tmp_path: Path) 
     assert said.code == 0, said.err
     (reward,) = parse_yaml(said.out, "the plan")["rewards"]
     assert (Path(reward["name"]).name, reward["word"]) == ("rewards.py:politeness", "let")
+
+
+def test_a_stream_takes_all_of_its_steps_whatever_epochs_say(cli: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n' * 40)
+    said = cli(
+        "train", "--dry-run", "--dataset", "rows.jsonl", "--max-steps", "100", "--set", "data.streaming=true",
+        "data.num_eval=4", "epochs=3",
+    )  # fmt: skip
+    assert "# steps         100, 2 optimizer steps each: 200" in said.out.splitlines()
+    assert "`epochs` is 3, and nobody counts the rows of a stream: the run takes all of its 100 steps" in said.err

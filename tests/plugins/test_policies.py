@@ -265,3 +265,10 @@ def test_an_adapter_remembers_where_its_base_model_is(folder: Path, monkeypatch:
     adapted.save(folder.parent / "adapter")
     described = json.loads((folder.parent / "adapter/adapter_config.json").read_text(encoding="utf-8"))
     assert described["base_model_name_or_path"] == str(folder)
+
+
+def test_modules_that_no_adapter_fits_are_named(saved: Path) -> None:
+    model = ModelConfig(name=str(saved), lora=LoRAConfig(r=2, target_modules="nothing"))
+    with pytest.raises(ModelError, match=r"no adapter fits `model\.lora\.target_modules` 'nothing': ") as failure:
+        load(model)
+    assert failure.value.hint == "use `all-linear`, or names of the model's linear layers such as `q_proj`"

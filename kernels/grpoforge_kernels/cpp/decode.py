@@ -142,6 +142,7 @@ class Packed:
         """As `grpoforge_kernels.decode.PackedModel.decode`."""
         num_rows, vocabulary = len(prompts.prompt_of), self._sizes[-1]
         _check(prompts, limits, cosine, vocabulary)
+        assert cosine.shape == sine.shape == (len(cosine), self._sizes[4]), "rotary tables are [positions, head_size]"
         tokens = torch.zeros((num_rows, limits.max_tokens), dtype=torch.int64)
         logprobs = torch.zeros((num_rows, limits.max_tokens))
         lengths = torch.zeros(num_rows, dtype=torch.int64)

@@ -62,6 +62,8 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool, by: int | None = N
     assert a.device.type == b.device.type == out.device.type == "cpu"
     assert all(1 in one.stride() or 1 in one.shape for one in (a, b)) and (out.stride(1) == 1 or num_columns == 1)
     assert out.dtype == torch.float32 or (not add and rounds_once(depth))
+    if depth == 0 and not add:
+        out.zero_()
     threads = torch.get_num_threads() if num_rows * num_columns * depth >= SMALL else 1
     _product(
         kind() if by is None else by,

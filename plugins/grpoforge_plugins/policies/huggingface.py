@@ -194,7 +194,7 @@ def add_adapter(network: Any, model: ModelConfig) -> Any:
     """``network`` under the LoRA adapter that ``model.lora`` describes.
 
     Raises:
-        ModelError: it is an adapter already.
+        ModelError: it is an adapter already, or has none of the modules that are to get one.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -214,7 +214,13 @@ def add_adapter(network: Any, model: ModelConfig) -> Any:
     with warnings.catch_warnings():
         # peft asks transformers for a name that it is about to rename.
         warnings.simplefilter("ignore", FutureWarning)
-        return get_peft_model(network, adapter)
+        try:
+            return get_peft_model(network, adapter)
+        except ValueError as failure:
+            raise ModelError(
+                f"no adapter fits `model.lora.target_modules` {model.lora.target_modules!r}: {first_line(failure)}",
+                "use `all-linear`, or names of the model's linear layers such as `q_proj`",
+            ) from None
 
 
 def _checkpoint_gradients(network: Any) -> None:

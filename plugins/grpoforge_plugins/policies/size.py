@@ -7,6 +7,7 @@ the real architecture, with adapters and precision as the run will have them, ta
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,15 @@ import torch
 import yaml
 
 from grpoforge.distributed import local_device
+from grpoforge.errors import ModelError
 from grpoforge.policy import PolicySize
 from grpoforge_plugins.policies.huggingface import add_adapter, choose_precision
 
 if TYPE_CHECKING:
     from grpoforge.config import ModelConfig
     from grpoforge.precision import Precision
+
+logger = logging.getLogger(__name__)
 
 PUBLISHED = Path(__file__).parent / "published.yaml"
 TOKENS = 16
@@ -31,8 +35,16 @@ SMALL_VOCABULARY = 64
 def policy_size(model: ModelConfig) -> PolicySize | None:
     """The size of the policy that ``model`` names; None where its configuration is not at hand."""
     config = read_config(model)
-    if config is None:
+    try:
+        return None if config is None else _measured(config, model)
+    except ModelError:
+        raise
+    except Exception as failure:  # the boundary: what an architecture needs to be built, nobody documents
+        logger.debug("the size of %s is unknown: %s", model.name, failure)
         return None
+
+
+def _measured(config: Any, model: ModelConfig) -> PolicySize:
     precision = choose_precision(model, local_device())
     whole = _skeleton(config, model, precision)
     trainable = [parameter for parameter in whole.parameters() if parameter.requires_grad]

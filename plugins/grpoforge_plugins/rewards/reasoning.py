@@ -69,6 +69,7 @@ _COMMON = frozenset(
 def reasoning(
     prompts: Sequence[str],
     completions: Sequence[str],
+    question: Sequence[object] | None = None,
     *,
     max_equations: Annotated[int, Field(ge=1), "different equations that may be stated without cost"] = 32,
 ) -> list[float | None]:
@@ -87,14 +88,15 @@ def reasoning(
     * *end*: 1/2 if an equation with another result follows, 1/2 if the last equation only reverses an earlier one;
     * *length*: ``max_equations`` divided by the number of different equations, at most 1.
 
+    What is called the prompt here is the dataset's column ``question`` where there is one: worked examples and dates
+    that a chat template writes are no numbers of the problem.
+
     0 without an answer or a derivation of it. None where the prompt states no number: there is nothing to judge by.
     Of a completion the last `MAX_CHARS` characters are read.
     """
-    known: dict[str, tuple[frozenset[Fraction], frozenset[Fraction]]] = {}
-    for prompt in prompts:
-        if prompt not in known:
-            known[prompt] = given_numbers(prompt)
-    return [_reward(text, *known[prompt], max_equations) for prompt, text in zip(prompts, completions, strict=True)]
+    problems = list(prompts) if question is None else [str(one) for one in question]
+    known = {problem: given_numbers(problem) for problem in dict.fromkeys(problems)}
+    return [_reward(text, *known[one], max_equations) for one, text in zip(problems, completions, strict=True)]
 
 
 def given_numbers(prompt: str) -> tuple[frozenset[Fraction], frozenset[Fraction]]:

@@ -190,3 +190,11 @@ def seconds(text: str) -> float:
     started = time.perf_counter()
     score(text)
     return time.perf_counter() - started
+
+
+def test_the_question_counts_where_there_is_one() -> None:
+    """Worked examples and dates of a rendered prompt are no numbers of the problem."""
+    prompt, question = "Today is 26 Jul 2024. 3 + 4 = 7. Tom has 5 pens and buys 6.", "Tom has 5 pens and buys 6."
+    copied, solved = "3 + 4 = 7\n#### 7", "5 + 6 = 11\n#### 11"
+    assert reasoning([prompt] * 2, [copied, solved], [question] * 2) == [0.0, 1.0]
+    assert reasoning([prompt], [copied])[0] > 0
