@@ -18,7 +18,7 @@ from grpoforge.policy import Policy
 from grpoforge.precision import Precision
 from grpoforge.types import Prompt
 from grpoforge_kernels import decode as kernel
-from grpoforge_plugins.samplers import choice
+from grpoforge_plugins.samplers import decoders
 from grpoforge_plugins.samplers.hf import HFSampler
 from grpoforge_plugins.samplers.native import NativeSampler
 
@@ -124,11 +124,11 @@ def check_against_generate(policy: Policy, prompts: tuple[Prompt, ...], decoder:
 @pytest.mark.parametrize("name", MODELS)
 def test_architectures(name: str, policy_of: Callable[..., Policy], prompts: tuple[Prompt, ...]) -> None:
     policy = policy_of(name)
-    assert choice.choose(policy, "auto").name == MODELS[name][2]
+    assert decoders.choose(policy, "auto").name == MODELS[name][2]
     check_against_generate(policy, prompts)
 
 
-@pytest.mark.parametrize("decoder", choice.DECODERS if COMPILED else ["torch"])
+@pytest.mark.parametrize("decoder", decoders.DECODERS if COMPILED else ["torch"])
 def test_lora_adapters_are_merged(decoder: str, policy_of: Callable[..., Policy], prompts: tuple[Prompt, ...]) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -149,7 +149,7 @@ def test_lora_adapters_are_merged(decoder: str, policy_of: Callable[..., Policy]
 
 def test_bfloat16_is_the_torch_decoders(policy_of: Callable[..., Policy], prompts: tuple[Prompt, ...]) -> None:
     policy = policy_of("qwen2", Precision(torch.float32, autocast=torch.bfloat16))
-    assert choice.choose(policy, "auto").name == "torch"
+    assert decoders.choose(policy, "auto").name == "torch"
     rollouts = NativeSampler(max_completion_length=6).sample(policy, prompts, 2, seed=0)
     for prompt, one in zip(rollouts.flat_prompts(), rollouts.flat(), strict=True):
         ids = torch.tensor([[*prompt.token_ids, *one.token_ids]])
@@ -169,7 +169,7 @@ def shared() -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("decoder", choice.DECODERS if COMPILED else ["torch"])
+@pytest.mark.parametrize("decoder", decoders.DECODERS if COMPILED else ["torch"])
 @pytest.mark.parametrize("model", ["tiny-math", "stories260K"])
 def test_200_greedy_completions_are_those_of_generate(decoder: Any, model: str, shared: Path) -> None:
     name = model if model == "tiny-math" else str(shared / "models" / model)

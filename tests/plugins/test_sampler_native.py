@@ -14,7 +14,7 @@ from grpoforge.errors import ConfigError, RunFailed
 from grpoforge.policy import Policy
 from grpoforge.types import Prompt, Rollouts
 from grpoforge_kernels import decode as kernel
-from grpoforge_plugins.samplers import choice
+from grpoforge_plugins.samplers import decoders
 from grpoforge_plugins.samplers.hf import HFSampler
 from grpoforge_plugins.samplers.inverse_cdf import Cuts, draw
 from grpoforge_plugins.samplers.native import NativeSampler, decode
@@ -355,7 +355,7 @@ def test_a_decoder_that_cannot_run_the_model(
         NativeSampler(decoder="cpp").greedy(wide, prompts)
     assert "sampler option `decoder` is cpp: cpp: " in failure.value.message
     assert failure.value.hint == "leave it out: the best is then chosen"
-    with caplog.at_level("INFO", logger=choice.__name__):
+    with caplog.at_level("INFO", logger=decoders.__name__):
         rollouts = NativeSampler(max_completion_length=4).sample(wide, prompts, 2, seed=0)
     assert [record.message.partition(";")[0] for record in caplog.records] == [
         "completions are decoded by the torch decoder"
@@ -370,7 +370,7 @@ def test_a_model_without_a_cache_is_left_to_generate(
     def broken(*_: Any) -> Any:
         raise ValueError("it keeps no keys")
 
-    for decoder in choice.DECODERS.values():
+    for decoder in decoders.DECODERS.values():
         monkeypatch.setattr(decoder, "decode", broken)
     rollouts = NativeSampler(max_completion_length=4, batch_size=3, top_k=4).sample(policy, prompts, 2, seed=0)
     assert len(caplog.records) == 1

@@ -80,7 +80,7 @@ def _causal(model: Any) -> Any:
 
 
 def check(policy: PolicyView) -> None:
-    """Refuse what C++ cannot compute. What it takes for a model of this kind and is none, `choice.obstacle` finds.
+    """Refuse what C++ cannot compute. What it takes for a model of this kind and is none, `decoders.obstacle` finds.
 
     Raises:
         ModelError: the device, the precision or a part of the model is not supported; the message says which.

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from grpoforge.collate import split
-from grpoforge.errors import ConfigError
 from grpoforge.policy import inference_mode
 from grpoforge.types import Completion, FinishReason, PolicyView, Prompt, Rollouts
+from grpoforge_plugins.samplers import options
 
 
 class HFSampler:
@@ -34,17 +34,12 @@ class HFSampler:
         min_p: Annotated[float, "leave out tokens below this share of the top token's probability"] = 0.0,
         batch_size: Annotated[int, "completions decoded at a time; 0 for all at once"] = 0,
     ) -> None:
-        rules = (
-            ("temperature", temperature, temperature > 0, "choose it above 0"),
-            ("max_completion_length", max_completion_length, max_completion_length >= 1, "choose it at least 1"),
-            ("top_p", top_p, 0 < top_p <= 1, "choose it in (0, 1]"),
-            ("top_k", top_k, top_k >= 0, "choose it at least 0; 0 for all tokens"),
-            ("min_p", min_p, 0 <= min_p <= 1, "choose it in [0, 1]"),
-            ("batch_size", batch_size, batch_size >= 0, "choose it at least 0; 0 for all at once"),
+        options.check(
+            options.positive("temperature", temperature),
+            options.at_least_one("max_completion_length", max_completion_length),
+            *options.cuts(top_p, top_k, min_p),
+            options.or_all("batch_size", batch_size),
         )
-        for name, value, is_legal, hint in rules:
-            if not is_legal:
-                raise ConfigError(f"sampler option `{name}` is {value:g}", hint)
         self.temperature = temperature
         self.max_completion_length = max_completion_length
         self.batch_size = batch_size

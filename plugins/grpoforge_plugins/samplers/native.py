@@ -11,7 +11,7 @@ from torch import Tensor
 from grpoforge.collate import split
 from grpoforge.errors import ConfigError, RunFailed
 from grpoforge.types import Completion, PolicyView, Prompt, Rollouts
-from grpoforge_plugins.samplers import choice
+from grpoforge_plugins.samplers import decoders, options
 from grpoforge_plugins.samplers.inverse_cdf import Cuts
 from grpoforge_plugins.samplers.requests import Drawn, Requests, arrange
 from grpoforge_plugins.samplers.stops import StopStrings
@@ -40,19 +40,14 @@ class NativeSampler:
         min_p: Annotated[float, "leave out tokens below this share of the top token's probability"] = 0.0,
         batch_size: Annotated[int, "completions decoded at a time; 0 for all at once"] = 0,
         stop: Annotated[tuple[str, ...], "a completion ends with the first of these in its text"] = (),
-        decoder: Annotated[choice.DecoderName, "`auto` is the fastest that can run the model"] = "auto",
+        decoder: Annotated[decoders.DecoderName, "`auto` is the fastest that can run the model"] = "auto",
     ) -> None:
-        rules = (
-            ("temperature", temperature, temperature > 0, "choose it above 0"),
-            ("max_completion_length", max_completion_length, max_completion_length >= 1, "choose it at least 1"),
-            ("top_p", top_p, 0 < top_p <= 1, "choose it in (0, 1]"),
-            ("top_k", top_k, top_k >= 0, "choose it at least 0; 0 for all tokens"),
-            ("min_p", min_p, 0 <= min_p <= 1, "choose it in [0, 1]"),
-            ("batch_size", batch_size, batch_size >= 0, "choose it at least 0; 0 for all at once"),
+        options.check(
+            options.positive("temperature", temperature),
+            options.at_least_one("max_completion_length", max_completion_length),
+            *options.cuts(top_p, top_k, min_p),
+            options.or_all("batch_size", batch_size),
         )
-        for name, value, is_legal, hint in rules:
-            if not is_legal:
-                raise ConfigError(f"sampler option `{name}` is {value:g}", hint)
         if not all(stop):
             raise ConfigError(f"sampler option `stop` has an empty string: {list(stop)}", "every text contains it")
         self.temperature = temperature
@@ -60,7 +55,7 @@ class NativeSampler:
         self.batch_size = batch_size
         self.cuts = Cuts(top_k=top_k, top_p=top_p, min_p=min_p)
         self.stop = stop
-        self.decoder: choice.DecoderName = decoder
+        self.decoder: decoders.DecoderName = decoder
 
     @property
     def rows_at_a_time(self) -> int | None:
@@ -112,7 +107,7 @@ def decode(
     cuts: Cuts | None = None,
     slots: int = 0,
     stop: Sequence[str] = (),
-    decoder: choice.DecoderName = "auto",
+    decoder: decoders.DecoderName = "auto",
 ) -> list[Completion]:
     """One completion per row. Rows of equal prompts share its pass through the model, wherever they stand.
 
@@ -146,7 +141,7 @@ def decode(
         slots=slots or len(prompts),
         ended=stops.ended if stop else None,
     )
-    drawn = choice.choose(policy, decoder).decode(policy, requests).put_back(order)
+    drawn = decoders.choose(policy, decoder).decode(policy, requests).put_back(order)
     return _completions(policy, drawn, temperatures, stops, requests.eos)
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar
 from grpoforge.collate import split
 from grpoforge.errors import ConfigError
 from grpoforge.types import Completion, PolicyView, Prompt, Rollouts
+from grpoforge_plugins.samplers import options
 from grpoforge_plugins.samplers.inverse_cdf import Cuts
 from grpoforge_plugins.samplers.native import decode
 from grpoforge_plugins.samplers.streams import streams
@@ -40,18 +41,13 @@ class PairedSampler:
         min_p: Annotated[float, "leave out tokens below this share of the top token's probability"] = 0.0,
     ) -> None:
         worst = next((one for one in temperatures if not one > 0), 1.0)
-        rules = (
+        options.check(
             ("temperatures", worst, worst > 0, "choose both above 0"),
-            ("num_sample_pairs", num_sample_pairs, num_sample_pairs >= 1, "choose it at least 1"),
-            ("paired_batch_size", paired_batch_size, paired_batch_size >= 0, "choose it at least 0; 0 for all at once"),
-            ("max_completion_length", max_completion_length, max_completion_length >= 1, "choose it at least 1"),
-            ("top_p", top_p, 0 < top_p <= 1, "choose it in (0, 1]"),
-            ("top_k", top_k, top_k >= 0, "choose it at least 0; 0 for all tokens"),
-            ("min_p", min_p, 0 <= min_p <= 1, "choose it in [0, 1]"),
+            options.at_least_one("num_sample_pairs", num_sample_pairs),
+            options.or_all("paired_batch_size", paired_batch_size),
+            options.at_least_one("max_completion_length", max_completion_length),
+            *options.cuts(top_p, top_k, min_p),
         )
-        for name, value, is_legal, hint in rules:
-            if not is_legal:
-                raise ConfigError(f"sampler option `{name}` is {value:g}", hint)
         self.temperatures = temperatures
         self.num_sample_pairs = num_sample_pairs
         self.paired_batch_size = paired_batch_size

@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from grpoforge.collate import split
 from grpoforge.distributed import Workers
-from grpoforge.errors import ConfigError
 from grpoforge.types import Completion, PolicyView, Prompt, Rollouts
+from grpoforge_plugins.samplers import options
 from grpoforge_plugins.samplers.vllm_colocate import InProcess
 from grpoforge_plugins.samplers.vllm_http import Server
 from grpoforge_plugins.samplers.vllm_protocol import Drawn, Engine, Request, seed_of
@@ -34,12 +34,10 @@ class Drawing:
     min_p: float
 
     def __post_init__(self) -> None:
-        check_options(
-            ("temperature", self.temperature, self.temperature > 0, "choose it above 0"),
-            ("max_completion_length", self.max_completion_length, self.max_completion_length >= 1, "at least 1"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "choose it in (0, 1]"),
-            ("top_k", self.top_k, self.top_k >= 0, "choose it at least 0; 0 for all tokens"),
-            ("min_p", self.min_p, 0 <= self.min_p <= 1, "choose it in [0, 1]"),
+        options.check(
+            options.positive("temperature", self.temperature),
+            options.at_least_one("max_completion_length", self.max_completion_length),
+            *options.cuts(self.top_p, self.top_k, self.min_p),
         )
 
     def sampled(self, prompt: Prompt, num: int, seed: int, stop_ids: tuple[int, ...]) -> Request:
@@ -66,13 +64,6 @@ class Drawing:
             max_tokens=self.max_completion_length,
             stop_ids=stop_ids,
         )
-
-
-def check_options(*rules: tuple[str, float, bool, str]) -> None:
-    """Raise ConfigError for the first ``(name, value, is legal, hint)`` that is not legal."""
-    for name, value, is_legal, hint in rules:
-        if not is_legal:
-            raise ConfigError(f"sampler option `{name}` is {value:g}", hint)
 
 
 class _Sampler:
@@ -164,7 +155,7 @@ class VLLMSampler(_Sampler):
         sync: Annotated[Sync, "how weights get to the servers: GPU to GPU, or through a folder"] = "auto",
         sync_folder: Annotated[str, "the folder, which the servers see too; empty for the temporary folder"] = "",
     ) -> None:
-        check_options(
+        options.check(
             ("timeout", timeout, timeout > 0, "choose it above 0"),
             ("retries", retries, retries >= 0, "choose it at least 0"),
             ("concurrency", concurrency, concurrency >= 1, "choose it at least 1"),
@@ -204,7 +195,7 @@ class VLLMColocateSampler(_Sampler):
         max_model_len: Annotated[int, "tokens of prompt and completion at most; 0 for the model's context"] = 0,
     ) -> None:
         share = gpu_memory_utilization
-        check_options(
+        options.check(
             ("gpu_memory_utilization", share, 0 < share <= 1, "choose it in (0, 1]"),
             ("tensor_parallel_size", tensor_parallel_size, tensor_parallel_size >= 1, "choose it at least 1"),
             ("max_model_len", max_model_len, max_model_len >= 0, "choose it at least 0; 0 for the model's context"),
