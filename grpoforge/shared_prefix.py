@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from grpoforge.errors import ModelError
-from grpoforge.packing import Packed, num_packed_tokens, num_plain_tokens, pack
+from grpoforge.packing import Packed, first_rows, num_packed_tokens, num_plain_tokens, pack
 from grpoforge.precision import Precision
 from grpoforge.prefix_attention import prefix_attention
 from grpoforge.types import Batch
@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 NAME = "grpoforge_shared_prefix"
 WORTH = 0.9
 """Packed where that leaves at most this share of the tokens: gathering rows inside attention costs a little too."""
+
+SCORES_BYTES = 2**28
+"""Scores of attention that packed rows may hold at a time off the CPU, where no kernel for them has been measured."""
 
 PASSED_BY = frozenset({"dropout", "scaling", "sliding_window", "position_ids", "is_causal", "use_cache", "softcap"})
 """What a layer may hand to attention without changing what packed attention computes, or what it is told by."""
@@ -159,13 +162,19 @@ class SharedPrefix:
             return None
 
     def _is_wanted(self, batch: Batch) -> bool:
-        if self.mode == "off" or (self.mode == "auto" and not pays(batch)):
+        if self.mode == "off" or (self.mode == "auto" and not (pays(batch) and self._fits(batch))):
             return False
         if not self.obstacle():
             return True
         if self.mode == "on":
             raise refused(self.obstacle())
         return False
+
+    def _fits(self, batch: Batch) -> bool:
+        """Off the CPU the formulas of attention hold its scores: not where they are many."""
+        if batch.prompt_ids.device.type == "cpu" or self.trunk is None:
+            return True
+        return scores_bytes(batch, self.trunk.config.get_text_config().num_attention_heads) <= SCORES_BYTES
 
     def _refuse(self, width: int, reason: str) -> None:
         if self.mode == "on":
@@ -178,6 +187,14 @@ class SharedPrefix:
 def pays(batch: Batch) -> bool:
     """True when packing saves work on ``batch``."""
     return num_packed_tokens(batch) <= WORTH * num_plain_tokens(batch)
+
+
+def scores_bytes(batch: Batch, num_heads: int) -> int:
+    """Bytes of the largest scores ``[b, h, t, s]`` in float32 that `prefix_attention.Written` holds for ``batch``."""
+    num_rows, num_prompts = batch.num_rows, int(first_rows(batch).sum())
+    prompt, completion = (int(mask.sum(dim=1).max()) for mask in (batch.prompt_mask, batch.completion_mask))
+    own, asked, shared = num_rows * completion**2, num_rows * completion * prompt, num_prompts * prompt**2
+    return 4 * num_heads * max(own, asked, shared)
 
 
 def refused(reason: str) -> ModelError:

@@ -430,3 +430,22 @@ def test_an_argument_that_attention_does_not_know_is_refused(make_rollouts: Call
     with torch.no_grad():
         plain = CausalForward(model, Precision(torch.float64), "off").logprobs(batch).logprobs
         assert torch.equal(forward.logprobs(batch).logprobs, plain)
+
+
+def test_off_the_cpu_it_is_not_used_where_scores_would_be_many(
+    make_rollouts: Callable[..., Rollouts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two groups of three: prompts of 4 and 2 tokens, completions of at most 5."""
+    rollouts = make_rollouts([[2, 3, 4, 5], [6, 7]], [[[8] * 5, [9], [10] * 2], [[11], [12], [13]]])
+    batch = collate(rollouts, pad_token_id=0)
+    # Own 6 x 5 x 5, asked 6 x 5 x 4, prompts 2 x 4 x 4; 7 heads of float32.
+    assert shared_prefix.scores_bytes(batch, 7) == 4 * 7 * 150
+    trunk = make("qwen2", torch.float32).model
+    sharing = shared_prefix.SharedPrefix(trunk, Precision(torch.float32), "auto")
+    assert sharing._fits(batch)
+    elsewhere = batch.to(torch.device("meta"))
+    heads = trunk.config.num_attention_heads
+    monkeypatch.setattr(shared_prefix, "scores_bytes", lambda asked, asked_heads: {heads: 2**28}[asked_heads])
+    assert sharing._fits(elsewhere)
+    monkeypatch.setattr(shared_prefix, "scores_bytes", lambda *_: 2**28 + 1)
+    assert not sharing._fits(elsewhere)
