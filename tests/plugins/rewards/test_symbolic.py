@@ -276,34 +276,52 @@ def test_a_process_that_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "`python -c 'import math_verify'`" in caught.value.hint
 
 
-def test_a_fork_has_a_process_of_its_own() -> None:
+ASKING = """
+from grpoforge_plugins.rewards.symbolic import worker
+
+
+def ask(queue):
+    verdict, pid = worker().compare("2", "2", 1.9), worker().pid
+    worker().close()
+    queue.put((verdict, pid))
+"""
+
+
+@pytest.fixture
+def in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], int]:
+    """What number the comparing process has of a process that is started so.
+
+    Its function stands in a module that the other process can import, which this one is not.
+    """
+    (tmp_path / "asking_another.py").write_text(ASKING)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "asking_another", raising=False)
+
+    def start(method: str) -> int:
+        context: Any = multiprocessing.get_context(method)
+        queue = context.SimpleQueue()
+        process = context.Process(target=importlib.import_module("asking_another").ask, args=(queue,))
+        process.start()
+        process.join(100)
+        assert process.exitcode == 0
+        verdict, pid = queue.get()
+        assert verdict == "equal"
+        return int(pid)
+
+    return start
+
+
+def test_a_fork_has_a_process_of_its_own(in_another_process: Callable[[str], int]) -> None:
     worker().close()
     assert worker().compare("2", "2", 1.0) == "equal"
     mine = worker().pid
-    assert in_another_process("fork") not in (None, mine)
+    assert in_another_process("fork") != mine
     assert worker().pid == mine and worker().compare("2", r"\sqrt{4}", 1.0) == "equal"
 
 
 @pytest.mark.slow
-def test_a_spawned_process_has_one_too() -> None:
-    assert in_another_process("spawn") not in (None, worker().pid)
-
-
-def ask(queue: Any) -> None:
-    verdict, pid = worker().compare("2", r"\sqrt{4}", 1.9), worker().pid
-    worker().close()
-    queue.put((verdict, pid))
-
-
-def in_another_process(method: str) -> int | None:
-    context: Any = multiprocessing.get_context(method)
-    queue = context.SimpleQueue()
-    process = context.Process(target=ask, args=(queue,))
-    process.start()
-    process.join(100)
-    verdict, pid = queue.get()
-    assert verdict == "equal" and process.exitcode == 0
-    return int(pid)
+def test_a_spawned_process_has_one_too(in_another_process: Callable[[str], int]) -> None:
+    assert in_another_process("spawn") != worker().pid
 
 
 PARENT = """
