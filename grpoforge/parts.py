@@ -15,7 +15,7 @@ from grpoforge.data import Example
 from grpoforge.errors import ConfigError, suggest
 from grpoforge.origins import from_option, from_origin
 from grpoforge.plugins import PluginHost
-from grpoforge.problems import load_eval_rows, load_problems, load_rows
+from grpoforge.problems import load_problems
 from grpoforge.registry import Component, Kind
 from grpoforge.scoring import BUILTIN_DATA, BoundReward
 from grpoforge.signature import show_path
@@ -31,8 +31,6 @@ __all__ = [
     "choose",
     "choose_measured",
     "choose_rewards",
-    "load_eval_rows",
-    "load_rows",
     "resolve",
 ]
 
@@ -56,7 +54,7 @@ class Parts:
     corrections: tuple[Chosen, ...]
     trackers: tuple[tuple[str, Chosen], ...]
     train_rows: tuple[Row, ...]
-    """None when they are a stream."""
+    """None of them when they are a stream."""
     stream: RowStream | None
     eval_rows: tuple[Row, ...]
     examples: tuple[Example, ...]

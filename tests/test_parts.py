@@ -19,10 +19,10 @@ from grpoforge.parts import (
     choose,
     choose_measured,
     choose_rewards,
-    load_rows,
     resolve,
 )
 from grpoforge.plugins import PluginHost, load_plugins
+from grpoforge.problems import load_rows
 
 FIXTURES = Path(__file__).with_name("fixtures")
 TRL_FILE = FIXTURES / "rewards" / "trl_style.py"

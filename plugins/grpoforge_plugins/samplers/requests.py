@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -64,14 +65,14 @@ class Drawn:
         return Drawn(self.tokens[back], self.logprobs[back], self.lengths[back])
 
 
-class Decoder:
+class Decoder(Protocol):
     """Turns requests into completions."""
 
     name: str
 
     def decode(self, policy: PolicyView, requests: Requests) -> Drawn:
         """All rows of ``requests``, decoded by the policy's present weights."""
-        raise NotImplementedError
+        ...
 
 
 def arrange(prompts: Sequence[Prompt]) -> tuple[tuple[tuple[int, ...], ...], Tensor, Tensor]:
