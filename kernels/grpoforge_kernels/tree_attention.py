@@ -100,9 +100,9 @@ class _TreeAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query = ctx.saved_tensors[0]
-        module = dispatch.backend(OP, query.device, query.dtype)
-        return (*module.backward(grad, *ctx.saved_tensors, ctx.forest, ctx.scale), None, None)
+        saved = ctx.saved_tensors  # Once: under checkpointing they can be had no second time.
+        module = dispatch.backend(OP, saved[0].device, saved[0].dtype)
+        return (*module.backward(grad, *saved, ctx.forest, ctx.scale), None, None)
 
 
 _SCHEMA = "Tensor query, Tensor key, Tensor value"
