@@ -15,6 +15,7 @@ answers once for all tokens that are one: predicted at one place, the same, at o
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -109,11 +110,13 @@ class Places:
             start += count
         return runs
 
-    def of_run(self, rows: slice, tokens: slice) -> Places:
-        """The tokens of one run, counted from its first row."""
+    def of_run(self, rows: slice, tokens: slice) -> tuple[Places, Tensor]:
+        """The tokens of one run, counted from its first row, and which of the answers they need."""
         shape = (rows.stop - rows.start, self.shape[1])
-        part = (self.rows[tokens] - rows.start, self.tokens[tokens], self.ids[tokens], self.temperatures[tokens])
-        return Places(*part, shape)
+        every = torch.arange(len(self.rows), device=self.rows.device) if self.answers is None else self.answers
+        used, answers = torch.unique(every[tokens], return_inverse=True)
+        places = (self.rows[tokens] - rows.start, self.tokens[tokens], self.ids[used], self.temperatures[used])
+        return Places(*places, shape, answers), used
 
 
 class CausalForward:
@@ -166,7 +169,7 @@ class CausalForward:
         if head is None or len(outputs) <= self.tokens_at_a_time(head):
             return on_rows(everything, places.rectangles(self.stats(outputs, places.ids, places.temperatures)))
         if head.is_trained:
-            return self._in_runs(head, places.each(outputs), Places.of(batch), on_rows)
+            return self._in_runs(head, outputs, places, on_rows)
         asked = (outputs, head.weight_like(outputs), places.ids, places.temperatures)
         return on_rows(everything, places.rectangles(ops.linear_logprobs(*asked, **head.options(outputs))))
 
@@ -193,15 +196,23 @@ class CausalForward:
             return found
 
     def _in_runs(self, head: Head, hidden: Tensor, places: Places, on_rows: OnRows) -> Tensor:
-        runs = [run for run in places.runs(self.tokens_at_a_time(head)) if run[1].start < run[1].stop]
-        rows_at = {tokens.start: (rows, places.of_run(rows, tokens)) for rows, tokens in runs}
+        most = self.tokens_at_a_time(head)
+        runs = [
+            (rows, *places.of_run(rows, tokens)) for rows, tokens in places.runs(most) if tokens.start < tokens.stop
+        ]
+        ends = list(itertools.accumulate(len(needed) for *_, needed in runs))
+        chunks = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
+        run_at = {chunk.start: run for chunk, run in zip(chunks, runs, strict=True)}
 
-        def on_tokens(tokens: slice, stats: ops.TokenStats) -> Tensor:
-            rows, part = rows_at[tokens.start]
+        def on_answers(chunk: slice, stats: ops.TokenStats) -> Tensor:
+            rows, part, _ = run_at[chunk.start]
             return on_rows(rows, part.rectangles(stats))
 
-        asked = (hidden, head.weight_like(hidden), places.ids, places.temperatures, on_tokens)
-        return ops.linear_loss(*asked, chunks=[tokens for _, tokens in runs], **head.options(hidden))
+        needed = torch.cat([needed for *_, needed in runs])
+        if places.answers is not None:
+            hidden = hidden.index_select(0, needed)
+        asked = (hidden, head.weight_like(hidden), places.ids[needed], places.temperatures[needed], on_answers)
+        return ops.linear_loss(*asked, chunks=chunks, **head.options(hidden))
 
     def outputs(self, batch: Batch, places: Places) -> Tensor:
         """What predicts each real completion token: hidden states ``[N, H]``, or logits ``[N, V]`` without a head.

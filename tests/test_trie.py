@@ -139,7 +139,7 @@ def packing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.usefixtures("packing")
-@pytest.mark.parametrize("logits_bytes", [2**28, 24 * 8 * 2], ids=["all logits", "in runs"])
+@pytest.mark.parametrize("logits_bytes", [2**28, 24 * 8 * 6], ids=["all logits", "in runs"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen head"])
 @pytest.mark.parametrize("case", SHARING)
 def test_what_rows_share_gives_the_log_probs_and_gradients_of_padded_rows(
@@ -183,6 +183,15 @@ def test_the_head_answers_once_for_equal_tokens_at_one_place_and_temperature() -
     assert places.each(places.temperatures).tolist() == [1, 1, 1, 1, 2, 2]
     rectangle = places.scatter(places.ids * 10 + places.temperatures.long())
     assert rectangle.tolist() == [[31, 41], [31, 51], [32, 42]]
+
+
+def test_a_run_needs_the_answers_of_its_rows_once() -> None:
+    batch = make_batch([([7], [3, 4]), ([7], [5]), ([7], [5, 3]), ([7], [5])])
+    places, _ = Places.of(batch).merged(Trie.of(batch).predicted_at)
+    assert places.ids.tolist() == [3, 5, 4, 3]
+    part, needed = places.of_run(slice(1, 4), slice(2, 6))
+    assert needed.tolist() == [1, 3] and part.ids.tolist() == [5, 3]
+    assert part.scatter(part.ids).tolist() == [[5, 0], [5, 3], [5, 0]]
 
 
 def test_tokens_that_have_nothing_in_common_stay_as_they_are() -> None:
