@@ -23,6 +23,7 @@ from grpoforge.precision import Precision
 from grpoforge.trie import Trie
 from grpoforge.types import Batch
 from grpoforge_kernels.dispatch import backend_name
+from grpoforge_kernels.errors import KernelError
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +239,10 @@ def _run(trunk: Any, packed: Packed) -> Tensor:
 
 def packings(device: torch.device, dtype: torch.dtype) -> tuple[type[Packed], ...]:
     """How rows may be packed there, the best first: as a trie only where a kernel attends over one."""
-    has_kernel = device.type == "cpu" and backend_name("tree_attention", device, dtype) == "cpp"
+    try:
+        has_kernel = device.type == "cpu" and backend_name("tree_attention", device, dtype) == "cpp"
+    except KernelError:  # A backend is forced that has other operations, but not this one.
+        has_kernel = False
     return (Trie, PromptsOnce) if has_kernel else (PromptsOnce,)
 
 

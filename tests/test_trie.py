@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -202,7 +203,21 @@ def test_tokens_that_have_nothing_in_common_stay_as_they_are() -> None:
     assert predicted_at.tolist() == [0, 1, 0, 2]
 
 
-def test_capped_scores_are_another_packing_s(caplog: pytest.LogCaptureFixture) -> None:
+def test_it_pays_by_what_the_trie_saves(
+    make_rollouts: Callable[..., Rollouts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two groups of one row: 13 trunk tokens each, of which the trie shares 10 and the other packing none."""
+    beginning = list(range(2, 12))
+    batch = collate(make_rollouts([[*beginning, 3], [*beginning, 4]], [[[5, 6, 7]], [[8, 9, 2]]]), pad_token_id=0)
+    for choice, tokens in ((Trie, 16), (PromptsOnce, 26)):
+        assert choice.of(batch).num_tokens == tokens
+        monkeypatch.setattr(shared_prefix, "packings", lambda device, dtype, choice=choice: (choice,))
+        sharing = shared_prefix.SharedPrefix(model().model, EXACT, "auto")
+        with contextlib.ExitStack() as held:
+            assert (sharing.hidden(batch, held) is not None) == (choice is Trie)
+
+
+def test_capped_scores_are_another_packing_s() -> None:
     packed = Trie.of(make_batch([([7], [3, 4])]))
     with pytest.raises(CannotShare, match="soft cap"):
         packed.attend(*torch.randn(3, 2, 1, 8), scale=1.0, softcap=30.0)
@@ -214,3 +229,11 @@ def test_rows_are_a_trie_only_where_a_kernel_attends_over_one(monkeypatch: pytes
         monkeypatch.setattr(shared_prefix, "backend_name", lambda op, device, dtype, backend=backend: backend)
         assert shared_prefix.packings(torch.device("cpu"), torch.float32) == expected
     assert shared_prefix.packings(torch.device("cuda"), torch.float32) == (PromptsOnce,)
+
+
+@pytest.mark.parametrize("forced", ["reference", "triton"])
+def test_a_forced_backend_without_the_kernel_packs_each_prompt_once(
+    forced: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRPOFORGE_KERNELS", forced)
+    assert shared_prefix.packings(torch.device("cpu"), torch.float32) == (PromptsOnce,)
