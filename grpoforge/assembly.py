@@ -176,7 +176,7 @@ def make_evaluation(
 
 
 def share_prefix(config: Config, policy: Policy) -> None:
-    """Let the policy compute each prompt once per group, or note why it does not.
+    """Let the policy compute what rows share once, or note why it does not.
 
     Raises:
         ModelError: ``batch.shared_prefix`` is ``on`` and the model cannot.

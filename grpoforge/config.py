@@ -186,7 +186,7 @@ class BatchConfig(Section):
     top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the tokens, those of highest entropy, that the policy loss is taken on."""
     shared_prefix: Literal["auto", "on", "off"] = "auto"
-    """Compute each prompt once per group, and no padding. ``auto``: where the model allows it and it saves work;
+    """Compute what rows share once, and no padding. ``auto``: where the model allows it and it saves work;
     ``on``: always, or fail; ``off``: never. Changes speed, memory and rounding."""
     old_logprobs: Literal["auto", "recompute", "sampler"] = "auto"
     """Where old log-probs come from. ``recompute``: a pass over the batch; ``sampler``: what the sampler reported,

@@ -8,12 +8,14 @@ else, and never to more of them at a time than `LOGITS_BYTES` of logits:
   hidden states before the next run;
 - with gradient, head frozen (LoRA): over slices of the vocabulary, which keeps no logits at all.
 
-The trunk sees each prompt once per group and no padding, where it can be run so (`grpoforge.shared_prefix`).
+The trunk sees no padding, and what rows share once, where it can be run so (`grpoforge.shared_prefix`). The head then
+answers once for all tokens that are one: predicted at one place, the same, at one temperature.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -40,18 +42,20 @@ OnDistributions = Callable[[TokenLogprobs, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where the ``N`` real completion tokens of a batch stand, row-major."""
+    """Where the ``N`` real completion tokens of a batch stand, row-major, and ``M`` answers of the head for them."""
 
     rows: Tensor
     """``[N]``"""
     tokens: Tensor
     """``[N]``: columns of the completion."""
     ids: Tensor
-    """``[N]``: the tokens themselves."""
+    """``[M]``: the token that each answer is about."""
     temperatures: Tensor
-    """``[N]``: of each token's row."""
+    """``[M]``: of its row."""
     shape: tuple[int, int]
     """``[b, T]``"""
+    answers: Tensor | None = None
+    """``[N]``: which answer is each token's; None where each has its own, ``M = N``."""
 
     @classmethod
     def of(cls, batch: Batch) -> Places:
@@ -60,10 +64,33 @@ class Places:
         num_rows, width = batch.completion_mask.shape
         return cls(rows, tokens, batch.completion_ids[rows, tokens], batch.temperatures[rows], (num_rows, width))
 
+    def merged(self, predicted_at: Tensor) -> tuple[Places, Tensor]:
+        """One answer for all tokens that are equal and predicted at one place, at one temperature.
+
+        Args:
+            predicted_at: ``[N]``: the place of what predicts each token.
+
+        Returns:
+            The same tokens with ``M`` answers, and the places that give them, ``[M]``.
+        """
+        heats, heat = torch.unique(self.temperatures, return_inverse=True)
+        which = (predicted_at * len(heats) + heat) * 2**32 + self.ids
+        distinct, answers = torch.unique(which, return_inverse=True)
+        if len(distinct) == len(which):
+            return self, predicted_at
+        # Any of the tokens of an answer stands for it.
+        one = torch.empty_like(distinct).scatter_(0, answers, torch.arange(len(which), device=which.device))
+        merged = Places(self.rows, self.tokens, self.ids[one], self.temperatures[one], self.shape, answers)
+        return merged, predicted_at[one]
+
+    def each(self, values: Tensor) -> Tensor:
+        """``values [M, ...]`` of the answers for each token, ``[N, ...]``."""
+        return values if self.answers is None else values.index_select(0, self.answers)
+
     def scatter(self, values: Tensor) -> Tensor:
-        """``values [N]`` at their places in ``[b, T]``, 0 elsewhere."""
+        """``values [M]`` at their places in ``[b, T]``, 0 elsewhere."""
         empty = torch.zeros(self.shape, dtype=values.dtype, device=values.device)
-        return empty.index_put((self.rows, self.tokens), values)
+        return empty.index_put((self.rows, self.tokens), self.each(values))
 
     def rectangles(self, stats: ops.TokenStats) -> TokenLogprobs:
         """What the kernels say of the tokens, in the shape of the batch."""
@@ -83,11 +110,13 @@ class Places:
             start += count
         return runs
 
-    def of_run(self, rows: slice, tokens: slice) -> Places:
-        """The tokens of one run, counted from its first row."""
+    def of_run(self, rows: slice, tokens: slice) -> tuple[Places, Tensor]:
+        """The tokens of one run, counted from its first row, and which of the answers they need."""
         shape = (rows.stop - rows.start, self.shape[1])
-        part = (self.rows[tokens] - rows.start, self.tokens[tokens], self.ids[tokens], self.temperatures[tokens])
-        return Places(*part, shape)
+        every = torch.arange(len(self.rows), device=self.rows.device) if self.answers is None else self.answers
+        used, answers = torch.unique(every[tokens], return_inverse=True)
+        places = (self.rows[tokens] - rows.start, self.tokens[tokens], self.ids[used], self.temperatures[used])
+        return Places(*places, shape, answers), used
 
 
 class CausalForward:
@@ -104,8 +133,7 @@ class CausalForward:
 
     def logprobs(self, batch: Batch) -> TokenLogprobs:
         """Log-prob and entropy of each completion token, ``[b, T]``, 0 where masked."""
-        places = Places.of(batch)
-        outputs = self._outputs_to_keep(batch, places)
+        outputs, places = self._outputs_to_keep(batch)
         if outputs.requires_grad or self.head is None:
             return places.rectangles(self.stats(outputs, places.ids, places.temperatures))
         runs = split(len(outputs), self.tokens_at_a_time(self.head)) or [slice(0, 0)]
@@ -114,27 +142,24 @@ class CausalForward:
 
     def distributions(self, batch: Batch) -> tuple[TokenLogprobs, Tensor]:
         """`logprobs`, and the log-probs of the whole vocabulary at the ``N`` real tokens, ``[N, V]``, row-major."""
-        places = Places.of(batch)
-        return self._tables(self._outputs_to_keep(batch, places), places)
+        return self._tables(*self._outputs_to_keep(batch))
 
     def _tables(self, outputs: Tensor, places: Places) -> tuple[TokenLogprobs, Tensor]:
         logits = self.logits(outputs)
         scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / places.temperatures[:, None].to(logits)
         stats = ops.selective_log_softmax(scaled, places.ids, 1.0)
-        return places.rectangles(stats), scaled.log_softmax(dim=1)
+        return places.rectangles(stats), places.each(scaled.log_softmax(dim=1))
 
     def backward_distributions(self, batch: Batch, on_distributions: OnDistributions) -> float:
         """As `backward`, for an objective that reads the whole vocabulary at every token."""
-        places = Places.of(batch)
-        with self._forwarded(batch, places) as outputs:
+        with self._forwarded(batch) as (outputs, places):
             loss = on_distributions(*self._tables(outputs, places))
             loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
     def backward(self, batch: Batch, on_rows: OnRows) -> float:
         """Add the gradient of ``on_rows`` over all rows of ``batch`` to the parameters; returns its value."""
-        places = Places.of(batch)
-        with self._forwarded(batch, places) as outputs:
+        with self._forwarded(batch) as (outputs, places):
             loss = self._objective(batch, outputs, places, on_rows)
             loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
@@ -149,30 +174,45 @@ class CausalForward:
         return on_rows(everything, places.rectangles(ops.linear_logprobs(*asked, **head.options(outputs))))
 
     @contextlib.contextmanager
-    def _forwarded(self, batch: Batch, places: Places) -> Iterator[Tensor]:
-        """`outputs`, or the same from packed rows; the backward pass belongs inside."""
+    def _forwarded(self, batch: Batch) -> Iterator[tuple[Tensor, Places]]:
+        """`outputs`, or the same from packed rows, and what they answer; the backward pass belongs inside."""
+        places = Places.of(batch)
         with contextlib.ExitStack() as held:
             with self.precision.context(batch.completion_ids.device):
-                hidden = self.prefix.hidden(batch, held)
-            yield self.outputs(batch, places) if hidden is None else hidden.to(self.precision.computed)
+                packed = self.prefix.hidden(batch, held)
+            if packed is None:
+                yield self.outputs(batch, places), places
+            else:
+                hidden, predicted_at = packed
+                places, answered_at = places.merged(predicted_at)
+                yield hidden.index_select(0, answered_at).to(self.precision.computed), places
 
-    def _outputs_to_keep(self, batch: Batch, places: Places) -> Tensor:
-        """`outputs` that outlive this call: packed only without gradient, whose backward pass would come too late."""
+    def _outputs_to_keep(self, batch: Batch) -> tuple[Tensor, Places]:
+        """As `_forwarded`, to outlive it: packed only without gradient, whose backward pass would come too late."""
         if torch.is_grad_enabled():
-            return self.outputs(batch, places)
-        with self._forwarded(batch, places) as outputs:
-            return outputs
+            places = Places.of(batch)
+            return self.outputs(batch, places), places
+        with self._forwarded(batch) as found:
+            return found
 
     def _in_runs(self, head: Head, hidden: Tensor, places: Places, on_rows: OnRows) -> Tensor:
-        runs = [run for run in places.runs(self.tokens_at_a_time(head)) if run[1].start < run[1].stop]
-        rows_at = {tokens.start: (rows, places.of_run(rows, tokens)) for rows, tokens in runs}
+        most = self.tokens_at_a_time(head)
+        runs = [
+            (rows, *places.of_run(rows, tokens)) for rows, tokens in places.runs(most) if tokens.start < tokens.stop
+        ]
+        ends = list(itertools.accumulate(len(needed) for *_, needed in runs))
+        chunks = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
+        run_at = {chunk.start: run for chunk, run in zip(chunks, runs, strict=True)}
 
-        def on_tokens(tokens: slice, stats: ops.TokenStats) -> Tensor:
-            rows, part = rows_at[tokens.start]
+        def on_answers(chunk: slice, stats: ops.TokenStats) -> Tensor:
+            rows, part, _ = run_at[chunk.start]
             return on_rows(rows, part.rectangles(stats))
 
-        asked = (hidden, head.weight_like(hidden), places.ids, places.temperatures, on_tokens)
-        return ops.linear_loss(*asked, chunks=[tokens for _, tokens in runs], **head.options(hidden))
+        needed = torch.cat([needed for *_, needed in runs])
+        if places.answers is not None:
+            hidden = hidden.index_select(0, needed)
+        asked = (hidden, head.weight_like(hidden), places.ids[needed], places.temperatures[needed], on_answers)
+        return ops.linear_loss(*asked, chunks=chunks, **head.options(hidden))
 
     def outputs(self, batch: Batch, places: Places) -> Tensor:
         """What predicts each real completion token: hidden states ``[N, H]``, or logits ``[N, V]`` without a head.

@@ -77,7 +77,7 @@ class Policy:
         self.forward = CausalForward(model, precision)
 
     def share_prefix(self, mode: SharedPrefixMode) -> str:
-        """Choose whether batches are packed with each prompt once; returns why this model is not, else nothing.
+        """Choose whether batches are packed with what rows share once; returns why they are not, else nothing.
 
         The reference of a later `freeze` does as the policy does.
         """

@@ -19,8 +19,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from grpoforge.packing import Packed
-
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -28,6 +26,55 @@ Keys = tuple[Tensor, Tensor]
 """Keys and values, ``[b, h, s, d]`` each."""
 Result = tuple[Tensor, Tensor]
 """Output ``[b, h, t, d]`` and logsumexp of the scores ``[b, h, t]``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rectangle:
+    """Some tokens of a packed sequence as rows of one width."""
+
+    cells: Tensor
+    """``[n]``: the cell of each token, counted row by row."""
+    rows: int
+    width: int
+
+    @property
+    def is_full(self) -> bool:
+        """True when no cell is without a token: then the tokens are the cells."""
+        return len(self.cells) == self.rows * self.width
+
+    def spread(self, tokens: Tensor) -> Tensor:
+        """``tokens [n, h, ...]`` to ``[rows, h, width, ...]``, 0 in cells without a token."""
+        if not self.is_full:
+            cells = tokens.new_zeros((self.rows * self.width, *tokens.shape[1:]))
+            tokens = cells.index_copy_(0, self.cells, tokens)
+        return tokens.reshape(self.rows, self.width, *tokens.shape[1:]).transpose(1, 2)
+
+    def collect(self, cells: Tensor) -> Tensor:
+        """``cells [rows, h, width, ...]`` back to ``[n, h, ...]``."""
+        tokens = cells.transpose(1, 2).flatten(0, 1)
+        return tokens if self.is_full else tokens.index_select(0, self.cells)
+
+    def is_padding(self) -> Tensor:
+        """``[rows, width]`` bool: cells without a token."""
+        empty = torch.ones(self.rows * self.width, dtype=torch.bool, device=self.cells.device)
+        empty[self.cells] = False
+        return empty.view(self.rows, self.width)
+
+
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """How attention sees a packed sequence: distinct prompts first, then the completions that look at them."""
+
+    prompts: Rectangle
+    """The first tokens, a row for each distinct prompt."""
+    asking: Rectangle
+    """The other tokens, a row for each prompt: the completions that look at it, one behind the other."""
+    completions: Rectangle
+    """The other tokens again, a row for each completion."""
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompts.cells)
 
 
 class Part(Protocol):
@@ -112,9 +159,9 @@ class Written:
 
 
 def prefix_attention(
-    query: Tensor, key: Tensor, value: Tensor, packed: Packed, *, scale: float, softcap: float | None
+    query: Tensor, key: Tensor, value: Tensor, levels: Levels, *, scale: float, softcap: float | None
 ) -> Tensor:
-    """Attention of the tokens of ``packed``, with gradient.
+    """Attention of a packed sequence, with gradient.
 
     Args:
         query: ``[N, h, d]``.
@@ -128,17 +175,17 @@ def prefix_attention(
     """
     is_plain = query.device.type == "cpu" and softcap is None
     part: Part = FlashOnCPU(scale) if is_plain else Written(scale, softcap)
-    output: Tensor = _PrefixAttention.apply(query, key, value, packed, part)  # type: ignore[no-untyped-call]
+    output: Tensor = _PrefixAttention.apply(query, key, value, levels, part)  # type: ignore[no-untyped-call]
     return output
 
 
 class _PrefixAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, packed: Packed, part: Part) -> Tensor:
-        split = packed.num_prompt_tokens
-        prompts, asking, completions = packed.prompts, packed.asking, packed.completions
-        shared, own = _keys(key, value, packed, query.shape[1])
-        bias = _bias(packed, query)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, levels: Levels, part: Part) -> Tensor:
+        split = levels.num_prompt_tokens
+        prompts, asking, completions = levels.prompts, levels.asking, levels.completions
+        shared, own = _keys(key, value, levels, query.shape[1])
+        bias = _bias(levels, query)
 
         output, logsumexp = part.forward(prompts.spread(query[:split]), shared, None, True)
         of_prompts = prompts.collect(output), prompts.collect(logsumexp)
@@ -149,15 +196,15 @@ class _PrefixAttention(torch.autograd.Function):
 
         whole = [torch.cat(both) for both in zip(of_prompts, of_completions, strict=True)]
         ctx.save_for_backward(query, key, value, *whole)
-        ctx.packed, ctx.part = packed, part
+        ctx.levels, ctx.part = levels, part
         return whole[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, output, logsumexp = ctx.saved_tensors
-        packed: Packed = ctx.packed
-        split = packed.num_prompt_tokens
-        shared, own = _keys(key, value, packed, query.shape[1])
+        levels: Levels = ctx.levels
+        split = levels.num_prompt_tokens
+        shared, own = _keys(key, value, levels, query.shape[1])
         tokens = (grad, query, output, logsumexp)
 
         def drive(
@@ -167,9 +214,9 @@ class _PrefixAttention(torch.autograd.Function):
             return ctx.part.backward(above, asked, keys, tuple(whole), bias, causal)
 
         first, rest = slice(0, split), slice(split, None)
-        prompts, asking, completions = packed.prompts, packed.asking, packed.completions
+        prompts, asking, completions = levels.prompts, levels.asking, levels.completions
         q_prompts, *k_prompts = drive(prompts.spread, first, shared, None, True)
-        q_asking, *k_asking = drive(asking.spread, rest, shared, _bias(packed, query), False)
+        q_asking, *k_asking = drive(asking.spread, rest, shared, _bias(levels, query), False)
         q_own, *k_own = drive(completions.spread, rest, own, None, True)
         d_query = torch.cat([prompts.collect(q_prompts), asking.collect(q_asking) + completions.collect(q_own)])
         d_keys = [
@@ -179,11 +226,11 @@ class _PrefixAttention(torch.autograd.Function):
         return d_query, d_keys[0], d_keys[1], None, None
 
 
-def _keys(key: Tensor, value: Tensor, packed: Packed, heads: int) -> tuple[Keys, Keys]:
+def _keys(key: Tensor, value: Tensor, levels: Levels, heads: int) -> tuple[Keys, Keys]:
     """Keys and values of the prompts ``[P, h, L, d]`` and of the completions ``[b, h, T, d]``."""
-    split, times = packed.num_prompt_tokens, heads // key.shape[1]
-    shared = [packed.prompts.spread(one[:split]).repeat_interleave(times, dim=1) for one in (key, value)]
-    own = [packed.completions.spread(one[split:]).repeat_interleave(times, dim=1) for one in (key, value)]
+    split, times = levels.num_prompt_tokens, heads // key.shape[1]
+    shared = [levels.prompts.spread(one[:split]).repeat_interleave(times, dim=1) for one in (key, value)]
+    own = [levels.completions.spread(one[split:]).repeat_interleave(times, dim=1) for one in (key, value)]
     return (shared[0], shared[1]), (own[0], own[1])
 
 
@@ -193,9 +240,9 @@ def _summed(grad: Tensor, key: Tensor) -> Tensor:
     return grad.reshape(rows, key.shape[1], heads // key.shape[1], *rest).sum(dim=2)
 
 
-def _bias(packed: Packed, like: Tensor) -> Tensor | None:
+def _bias(levels: Levels, like: Tensor) -> Tensor | None:
     """``[P, 1, 1, L]``: 0 on prompt tokens, minus infinity on padding; None where there is none."""
-    prompts = packed.prompts
+    prompts = levels.prompts
     if prompts.is_full:
         return None
     bias = torch.zeros(prompts.rows, prompts.width, dtype=like.dtype, device=like.device)

@@ -1,9 +1,9 @@
 """The trunk of a model on packed rows, through transformers' attention interface.
 
 Recognized by asking, not by name: two groups go through the trunk padded and packed, and only a model that gives the
-same hidden states both ways is packed. How far a layer sees is asked in every forward pass: the model describes the
-mask that it wants, and one that hides anything from a plain causal view of the longest row (a sliding window, chunks)
-is refused there and then.
+same hidden states both ways is packed; as a trie where a kernel attends over one, else with each prompt once. How far a
+layer sees is asked in every forward pass: the model describes the mask that it wants, and one that hides anything from
+a plain causal view of the longest row (a sliding window, chunks) is refused there and then.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from grpoforge.errors import ModelError
-from grpoforge.packing import Packed, first_rows, num_packed_tokens, num_plain_tokens, pack
+from grpoforge.packing import CannotShare, Packed, PromptsOnce, first_rows, num_plain_tokens
 from grpoforge.precision import Precision
-from grpoforge.prefix_attention import prefix_attention
+from grpoforge.trie import Trie
 from grpoforge.types import Batch
+from grpoforge_kernels.dispatch import backend_name
+from grpoforge_kernels.errors import KernelError
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +40,6 @@ PASSED_BY = frozenset({"dropout", "scaling", "sliding_window", "position_ids", "
 
 SharedPrefixMode = Literal["auto", "on", "off"]
 """``auto``: pack where the model can be packed and it saves work. ``on``: pack, or fail. ``off``: never."""
-
-
-class CannotShare(Exception):
-    """Why a model, or one batch, has to take the plain way."""
 
 
 class _Asked:
@@ -105,7 +103,7 @@ def _attention(
         narrow = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(narrow), key.to(narrow), value.to(narrow)
     query, key, value = (one[0].transpose(0, 1) for one in (query, key, value))
-    return prefix_attention(query, key, value, shared_prefix, scale=scale, softcap=softcap)[None], None
+    return shared_prefix.attend(query, key, value, scale=scale, softcap=softcap)[None], None
 
 
 AttentionInterface.register(NAME, _attention)
@@ -125,6 +123,8 @@ class SharedPrefix:
         self.trunk = trunk
         self.precision = precision
         self.mode = mode
+        self.packing: type[Packed] | None = None
+        """How rows are packed; None until the model has been asked, and where it cannot be packed."""
         self._obstacle: str | None = None
         self._narrowest_refused: int | None = None
 
@@ -132,43 +132,52 @@ class SharedPrefix:
         """Why the model takes the plain way; empty when it can be packed. Asks the model once."""
         if self._obstacle is None:
             try:
-                _probe(self.trunk, self.precision)
+                self.packing = _choose(self.trunk, self.precision)
                 self._obstacle = ""
             except CannotShare as reason:
                 self._obstacle = str(reason)
         return self._obstacle
 
-    def hidden(self, batch: Batch, held: contextlib.ExitStack) -> Tensor | None:
-        """What predicts each real completion token of ``batch``, ``[n, H]``; None where the plain way is to be taken.
+    def hidden(self, batch: Batch, held: contextlib.ExitStack) -> tuple[Tensor, Tensor] | None:
+        """What the trunk says of packed ``batch``; None where the plain way is to be taken.
 
         Args:
             held: keeps the model's layers on packed rows until it is closed. Close it when the backward pass is over,
                 because layers may be run again in it (gradient checkpointing).
 
+        Returns:
+            Hidden states ``[N, H]``, and for each real completion token the place among them that predicts it, ``[n]``.
+
         Raises:
             ModelError: mode ``on``, and the model cannot be packed.
         """
-        if not self._is_wanted(batch):
+        if not self._is_possible(batch):
             return None
-        packed = pack(batch)
-        if self._narrowest_refused is not None and packed.longest >= self._narrowest_refused:
+        assert self.packing is not None
+        packed = self.packing.of(batch)
+        if not self._is_wanted(packed, batch):
             return None
         try:
             held.enter_context(_switched(self.trunk))
-            return _run(self.trunk, packed)
+            return _run(self.trunk, packed), packed.predicted_at
         except CannotShare as reason:
             held.close()
             self._refuse(packed.longest, str(reason))
             return None
 
-    def _is_wanted(self, batch: Batch) -> bool:
-        if self.mode == "off" or (self.mode == "auto" and not (pays(batch) and self._fits(batch))):
+    def _is_possible(self, batch: Batch) -> bool:
+        if self.mode == "off" or (self.mode == "auto" and not self._fits(batch)):
             return False
         if not self.obstacle():
             return True
         if self.mode == "on":
             raise refused(self.obstacle())
         return False
+
+    def _is_wanted(self, packed: Packed, batch: Batch) -> bool:
+        if self._narrowest_refused is not None and packed.longest >= self._narrowest_refused:
+            return False
+        return self.mode == "on" or packed.num_tokens <= WORTH * num_plain_tokens(batch)
 
     def _fits(self, batch: Batch) -> bool:
         """Off the CPU the formulas of attention hold its scores: not where they are many."""
@@ -182,11 +191,6 @@ class SharedPrefix:
         if self._narrowest_refused is None:
             logger.info("rows of %d tokens and more are not packed: %s", width, reason)
         self._narrowest_refused = width
-
-
-def pays(batch: Batch) -> bool:
-    """True when packing saves work on ``batch``."""
-    return num_packed_tokens(batch) <= WORTH * num_plain_tokens(batch)
 
 
 def scores_bytes(batch: Batch, num_heads: int) -> int:
@@ -217,10 +221,10 @@ def _switched(trunk: Any) -> Iterator[None]:
 
 
 def _run(trunk: Any, packed: Packed) -> Tensor:
-    """What predicts each real completion token, ``[n, H]``; inside `_switched`.
+    """The hidden states ``[N, H]`` of packed rows; inside `_switched`.
 
     Raises:
-        CannotShare: a layer does not see all of the longest row.
+        CannotShare: a layer does not see all of the longest row, or attends in a way that the packing has not.
     """
     outputs = trunk(
         input_ids=packed.input_ids,
@@ -230,19 +234,46 @@ def _run(trunk: Any, packed: Packed) -> Tensor:
         shared_prefix=packed,
     )
     hidden: Tensor = outputs.last_hidden_state[0]
-    return hidden[packed.predicted_at]
+    return hidden
+
+
+def packings(device: torch.device, dtype: torch.dtype) -> tuple[type[Packed], ...]:
+    """How rows may be packed there, the best first: as a trie only where a kernel attends over one."""
+    try:
+        has_kernel = device.type == "cpu" and backend_name("tree_attention", device, dtype) == "cpp"
+    except KernelError:  # A backend is forced that has other operations, but not this one.
+        has_kernel = False
+    return (Trie, PromptsOnce) if has_kernel else (PromptsOnce,)
+
+
+def _choose(trunk: Any | None, precision: Precision) -> type[Packed]:
+    """The first packing that gives the hidden states of padded rows.
+
+    Raises:
+        CannotShare: none does; says why of the last, which asks the least of attention.
+    """
+    if trunk is None:
+        raise CannotShare("its head cannot be told from its trunk")
+    *better, last = packings(trunk.get_input_embeddings().weight.device, precision.computed)
+    for packing in better:
+        try:
+            _probe(trunk, precision, packing)
+            return packing
+        except CannotShare as reason:
+            logger.info("rows are not packed as %s: %s", packing.__name__, reason)
+    _probe(trunk, precision, last)
+    return last
 
 
 @torch.no_grad()
-def _probe(trunk: Any | None, precision: Precision) -> None:
+def _probe(trunk: Any, precision: Precision, packing: type[Packed]) -> None:
     """Two groups, ragged, both ways.
 
     Raises:
         CannotShare: the two ways differ, or the packed one fails; says why.
     """
-    if trunk is None:
-        raise CannotShare("its head cannot be told from its trunk")
     batch = _probe_batch(trunk)
+    packed = packing.of(batch)
     mask = torch.cat([batch.prompt_mask, batch.completion_mask], dim=1)
     with precision.context(mask.device):
         plain = trunk(
@@ -253,7 +284,7 @@ def _probe(trunk: Any | None, precision: Precision) -> None:
         ).last_hidden_state
         try:
             with _switched(trunk):
-                found = _run(trunk, pack(batch)).float()
+                found = _run(trunk, packed)[packed.predicted_at].float()
         except CannotShare:
             raise
         except Exception as error:  # the boundary: any model may come, and each may fail in its own way
@@ -267,12 +298,13 @@ def _probe(trunk: Any | None, precision: Precision) -> None:
 
 
 def _probe_batch(trunk: Any) -> Batch:
-    """Prompts of 5 and 3 tokens, three completions each of up to 4."""
+    """Prompts of 5 and 3 tokens, three completions each of up to 4, of which two begin alike."""
     vocabulary = min(trunk.get_input_embeddings().weight.shape[0], 64)
     device = trunk.get_input_embeddings().weight.device
     cells = torch.arange(6 * 9, device=device).square().add(1).remainder(vocabulary).view(6, 9)
-    prompt_ids, completion_ids = cells[:, :5].clone(), cells[:, 5:]
+    prompt_ids, completion_ids = cells[:, :5].clone(), cells[:, 5:].clone()
     prompt_ids[:3], prompt_ids[3:] = prompt_ids[0].clone(), prompt_ids[3].clone()
+    completion_ids[2, :2] = completion_ids[0, :2]
     prompt_mask = torch.ones_like(prompt_ids, dtype=torch.bool)
     prompt_mask[3:, :2] = False
     lengths = torch.tensor([4, 2, 3, 1, 4, 3], device=device)

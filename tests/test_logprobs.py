@@ -172,7 +172,8 @@ def test_runs_hold_whole_rows(batch: Batch) -> None:
     places = Places.of(batch)  # rows of 3, 1, 2, 5, 1 and 2 tokens
     runs = [(rows.start, rows.stop, tokens.start, tokens.stop) for rows, tokens in places.runs(4)]
     assert runs == [(0, 2, 0, 4), (2, 3, 4, 6), (3, 4, 6, 11), (4, 6, 11, 14)]
-    assert places.of_run(slice(2, 3), slice(4, 6)).rows.tolist() == [0, 0]
+    part, needed = places.of_run(slice(2, 3), slice(4, 6))
+    assert part.rows.tolist() == [0, 0] and needed.tolist() == [4, 5]
 
 
 def test_a_batch_without_tokens(tiny_model: Callable[..., Any], make_rollouts: Callable[..., Rollouts]) -> None:

@@ -33,11 +33,10 @@ from grpoforge.collate import collate
 from grpoforge.errors import ModelError
 from grpoforge.layers import build
 from grpoforge.logprobs import CausalForward
-from grpoforge.packing import num_packed_tokens, num_plain_tokens, pack
+from grpoforge.packing import CannotShare, Packed, PromptsOnce, num_plain_tokens
 from grpoforge.policy import Policy, disable_dropout
 from grpoforge.precision import Precision
-from grpoforge.prefix_attention import prefix_attention
-from grpoforge.shared_prefix import CannotShare
+from grpoforge.trie import Trie
 from grpoforge.types import Batch, Rollouts, TokenLogprobs
 
 SIZES: dict[str, Any] = {
@@ -109,6 +108,17 @@ def wide_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modeling_gemma2.nn.functional, "softmax", softmax)
 
 
+@pytest.fixture(params=[Trie, PromptsOnce], ids=lambda packing: packing.__name__)
+def packing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[Packed]:
+    """Every packing in turn is the first to be asked for, in every dtype."""
+    first: type[Packed] = request.param
+    monkeypatch.setattr(shared_prefix, "packings", lambda device, dtype: tuple(dict.fromkeys((first, PromptsOnce))))
+    return first
+
+
+every_packing = pytest.mark.usefixtures("packing")
+
+
 def ragged(make_rollouts: Callable[..., Rollouts], group: int, num_prompts: int = 3) -> Batch:
     """Prompts and completions of many lengths, an empty completion among them, at two temperatures."""
     draw = torch.Generator().manual_seed(group)
@@ -150,8 +160,8 @@ def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
-def compare(model: Any, batch: Batch, dtype: torch.dtype, micro: int = 1000) -> None:
-    """Log-probs, entropies and the gradient of every parameter, packed and plain."""
+def compare(model: Any, batch: Batch, dtype: torch.dtype, micro: int = 1000) -> type[Packed] | None:
+    """Log-probs, entropies and the gradient of every parameter, packed and plain; returns how it was packed."""
     tolerance = TOLERANCES[dtype]
     ways = {mode: CausalForward(model, Precision(dtype), mode) for mode in ("on", "off")}  # type: ignore[arg-type]
     with torch.no_grad():
@@ -176,32 +186,38 @@ def compare(model: Any, batch: Batch, dtype: torch.dtype, micro: int = 1000) -> 
     largest = max(float(one.abs().max()) for one in found["off"][1])
     for one, other in zip(found["on"][1], found["off"][1], strict=True):
         assert float((one - other).abs().max()) <= tolerance * max(float(other.abs().max()), 1e-2 * largest)
+    return ways["on"].prefix.packing
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_log_probs_and_every_gradient_are_those_of_padded_rows(
-    family: str, dtype: torch.dtype, make_rollouts: Callable[..., Rollouts]
+    family: str, dtype: torch.dtype, packing: type[Packed], make_rollouts: Callable[..., Rollouts]
 ) -> None:
-    compare(make(family, dtype), ragged(make_rollouts, 4), dtype)
+    found = compare(make(family, dtype), ragged(make_rollouts, 4), dtype)
+    assert found is (PromptsOnce if family == "gemma2" else packing), "the scores of Gemma 2 have a cap"
 
 
+@every_packing
 @pytest.mark.parametrize("group", [1, 2, 3, 8, 16])
 def test_groups_of_any_size(group: int, make_rollouts: Callable[..., Rollouts]) -> None:
     compare(make("qwen2", torch.float64), ragged(make_rollouts, group), torch.float64)
 
 
+@every_packing
 @pytest.mark.parametrize("micro", [1, 3, 5])
 def test_micro_batches_may_hold_parts_of_groups(micro: int, make_rollouts: Callable[..., Rollouts]) -> None:
     compare(make("qwen2", torch.float64), ragged(make_rollouts, 4), torch.float64, micro)
 
 
+@every_packing
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_side_of_the_padding_changes_nothing(side: Any, make_rollouts: Callable[..., Rollouts]) -> None:
     rollouts = make_rollouts([[5, 9, 3], [7]], [[[3, 8, 1], [14]], [[22, 6], [5, 7, 9, 11, 1]]])
     compare(make("llama", torch.float64), collate(rollouts, pad_token_id=0, padding_side=side, extra=2), torch.float64)
 
 
+@every_packing
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
 def test_adapters_and_gradient_checkpointing(
@@ -218,7 +234,9 @@ def test_adapters_and_gradient_checkpointing(
     compare(model, ragged(make_rollouts, 4), torch.float64)
 
 
-def test_layers_are_run_again_on_packed_rows_under_checkpointing(make_rollouts: Callable[..., Rollouts]) -> None:
+def test_layers_are_run_again_on_packed_rows_under_checkpointing(
+    packing: type[Packed], make_rollouts: Callable[..., Rollouts]
+) -> None:
     model = make("qwen2", torch.float64)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
@@ -229,10 +247,11 @@ def test_layers_are_run_again_on_packed_rows_under_checkpointing(make_rollouts: 
     assert forward.prefix.obstacle() == ""
     widths.clear()
     forward.backward(batch, objective_of(batch))
-    assert widths == [num_packed_tokens(batch)] * 2
+    assert widths == [packing.of(batch).num_tokens] * 2
     assert model.config._attn_implementation == "sdpa", "the model is left as it was"
 
 
+@every_packing
 def test_distributions_and_their_gradient(make_rollouts: Callable[..., Rollouts]) -> None:
     model, batch = make("qwen2", torch.float64), ragged(make_rollouts, 4)
     found = []
@@ -248,9 +267,11 @@ def test_distributions_and_their_gradient(make_rollouts: Callable[..., Rollouts]
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
-def test_rows_of_one_token_need_no_completion_in_the_trunk(make_rollouts: Callable[..., Rollouts]) -> None:
+def test_rows_of_one_token_need_no_completion_in_the_trunk(
+    packing: type[Packed], make_rollouts: Callable[..., Rollouts]
+) -> None:
     batch = collate(make_rollouts([[5, 9, 3], [7]], [[[3], [4]], [[5], [6]]]), pad_token_id=0)
-    assert pack(batch).input_ids.tolist() == [[5, 9, 3, 7]]
+    assert packing.of(batch).input_ids.tolist() == [[5, 9, 3, 7]]
     compare(make("qwen2", torch.float64), batch, torch.float64)
 
 
@@ -258,30 +279,30 @@ def test_packing_by_hand(make_rollouts: Callable[..., Rollouts]) -> None:
     """Two prompts; the last token of a completion predicts nothing and stays out."""
     rollouts = make_rollouts([[5, 9, 3], [7]], [[[3, 8, 1], [14]], [[22, 6], [5, 7, 9, 1]]])
     batch = collate(rollouts, pad_token_id=0)
-    packed = pack(batch)
+    packed = PromptsOnce.of(batch)
     assert packed.input_ids.tolist() == [[5, 9, 3, 7, 3, 8, 22, 5, 7, 9]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 0, 3, 4, 1, 1, 2, 3]]
     # Row by row: 3 8 1 | 14 | 22 6 | 5 7 9 1
     assert packed.predicted_at.tolist() == [2, 4, 5, 2, 3, 6, 3, 7, 8, 9]
     assert packed.longest == 5
-    assert num_packed_tokens(batch) == 10 and num_plain_tokens(batch) == 4 * (3 + 4)
+    assert packed.num_tokens == 10 and num_plain_tokens(batch) == 4 * (3 + 4)
 
 
 def test_equal_prompts_of_neighboring_groups_are_one(make_rollouts: Callable[..., Rollouts]) -> None:
     batch = collate(make_rollouts([[5, 9], [5, 9], [9]], [[[3, 1], [4]]] * 3), pad_token_id=0)
-    assert pack(batch).prompts.rows == 2
+    assert PromptsOnce.of(batch).levels.prompts.rows == 2
     compare(make("qwen2", torch.float64), batch, torch.float64)
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_attention_is_that_of_the_whole_mask(softcap: float | None, make_rollouts: Callable[..., Rollouts]) -> None:
     """Against softmax over the mask that is never made."""
-    packed = pack(ragged(make_rollouts, 4))
-    num_tokens, num_prompt = packed.input_ids.shape[1], packed.num_prompt_tokens
+    packed = PromptsOnce.of(ragged(make_rollouts, 4))
+    num_tokens, levels, num_prompt = packed.num_tokens, packed.levels, packed.levels.num_prompt_tokens
     group, row = torch.zeros(num_tokens, dtype=torch.long), torch.full((num_tokens,), -1)
-    group[:num_prompt] = packed.prompts.cells // packed.prompts.width
-    group[num_prompt:] = packed.asking.cells // packed.asking.width
-    row[num_prompt:] = packed.completions.cells // packed.completions.width
+    group[:num_prompt] = levels.prompts.cells // levels.prompts.width
+    group[num_prompt:] = levels.asking.cells // levels.asking.width
+    row[num_prompt:] = levels.completions.cells // levels.completions.width
     place = torch.arange(num_tokens)
     sees = (group[:, None] == group) & (place[:, None] >= place) & ((row == -1) | (row[:, None] == row))
     torch.manual_seed(0)
@@ -292,7 +313,7 @@ def test_attention_is_that_of_the_whole_mask(softcap: float | None, make_rollout
         scores = softcap * torch.tanh(scores / softcap)
     weights = scores.masked_fill(~sees, -torch.inf).softmax(dim=2)
     expected = torch.einsum("hij,jhd->ihd", weights, value.repeat_interleave(2, 1))
-    found = prefix_attention(query, key, value, packed, scale=0.3, softcap=softcap)
+    found = packed.attend(query, key, value, scale=0.3, softcap=softcap)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     upstream = torch.randn_like(expected)
     wanted = torch.autograd.grad(expected, [query, key, value], upstream, retain_graph=True)
@@ -300,6 +321,7 @@ def test_attention_is_that_of_the_whole_mask(softcap: float | None, make_rollout
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+@every_packing
 def test_a_sliding_window_is_taken_packed_only_where_it_hides_nothing(
     make_rollouts: Callable[..., Rollouts], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -341,6 +363,7 @@ class Foreign(torch.nn.Module):
         return output
 
 
+@every_packing
 def test_a_model_that_cannot_be_packed_takes_the_plain_way_and_says_so(
     make_rollouts: Callable[..., Rollouts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,6 +392,7 @@ def test_a_model_that_cannot_be_packed_takes_the_plain_way_and_says_so(
     assert "batch.shared_prefix=auto" in failure.value.hint
 
 
+@every_packing
 def test_it_is_used_only_where_it_saves_work(make_rollouts: Callable[..., Rollouts]) -> None:
     model = make("qwen2", torch.float64)
     auto = CausalForward(model, Precision(torch.float64)).prefix
@@ -385,6 +409,7 @@ def test_it_is_used_only_where_it_saves_work(make_rollouts: Callable[..., Rollou
     assert packed == [False, True, False, True, True, False]
 
 
+@every_packing
 def test_under_autocast(make_rollouts: Callable[..., Rollouts]) -> None:
     model, batch = make("qwen3", torch.float32), ragged(make_rollouts, 4)
     precision = Precision(torch.float32, autocast=torch.bfloat16)
@@ -398,7 +423,7 @@ def test_under_autocast(make_rollouts: Callable[..., Rollouts]) -> None:
 def test_a_run_notes_why_it_does_not_share_or_refuses_to_start(
     tiny_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def probe(trunk: Any, precision: Precision) -> None:
+    def probe(trunk: Any, precision: Precision, packing: type[Packed]) -> None:
         raise CannotShare("its attention is not plain: s_aux")
 
     policy = tiny_policy()
@@ -418,6 +443,7 @@ def test_a_run_notes_why_it_does_not_share_or_refuses_to_start(
     assert policy.freeze().forward.prefix.mode == "on"
 
 
+@every_packing
 def test_an_argument_that_attention_does_not_know_is_refused(make_rollouts: Callable[..., Rollouts]) -> None:
     """As the sinks of gpt-oss: another way to attend, handed over by name."""
     model, batch = make("qwen2", torch.float64), ragged(make_rollouts, 4)

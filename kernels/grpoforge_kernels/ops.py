@@ -6,9 +6,11 @@ from grpoforge_kernels.grpo_loss import ClipOptions, GrpoLoss, KLForm, grpo_loss
 from grpoforge_kernels.linear_logprobs import linear_logprobs
 from grpoforge_kernels.linear_loss import linear_loss
 from grpoforge_kernels.selective_log_softmax import TokenStats, selective_log_softmax
+from grpoforge_kernels.tree_attention import Forest, tree_attention
 
 __all__ = [
     "ClipOptions",
+    "Forest",
     "GrpoLoss",
     "KLForm",
     "TokenStats",
@@ -17,4 +19,5 @@ __all__ = [
     "linear_logprobs",
     "linear_loss",
     "selective_log_softmax",
+    "tree_attention",
 ]
