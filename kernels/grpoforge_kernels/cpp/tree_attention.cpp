@@ -110,11 +110,13 @@ void grpoforge_tree_plan(Trees* trees) {
     std::vector<int64_t> counts(n), costs(n), roots;
     for (int64_t token = 0; token < n; token = trees->ends[token]) roots.push_back(token);
     trees->num_trees = static_cast<int64_t>(roots.size());
+    trees->work = 0;
     int64_t num_blocks = 0, deepest_block = 0, most = 0;
     std::vector<std::pair<int64_t, int64_t>> blocks_of(n);
     for (const int64_t root : roots) {
         const int64_t end = trees->ends[root];
         divide(*trees, root, end, counts.data(), costs.data());
+        trees->work += costs[root];
         blocks_of[root].first = num_blocks;
         for (int64_t token = root; token < end; token += counts[token]) {
             trees->blocks[num_blocks++] = token;

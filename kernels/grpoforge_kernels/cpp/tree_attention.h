@@ -1,6 +1,8 @@
 // What the arithmetic of attention over trees (tree_kernels.h) and its schedule (tree_attention.cpp) say to each other.
 #pragma once
 
+#include <initializer_list>
+
 #include "rows.h"
 
 namespace grpoforge {
@@ -17,7 +19,8 @@ struct Trees {
     int64_t num_tokens, group;  // query heads that share a head of keys
     const int64_t* positions;
     int64_t *parents, *ends, *blocks, *order;
-    int64_t num_trees, slots, queries;  // that the largest block needs
+    int64_t num_trees, work;
+    int64_t slots, queries;  // that the largest block needs
 };
 
 // [tokens, heads, d] with `row` numbers from a token to the next.
