@@ -88,6 +88,8 @@ void run(const Trees& trees, const Attention& attention, int64_t pieces, float* 
         thread = omp_get_thread_num();
 #endif
         const Room room = Rooms(trees, attention.d, memory + thread * size).room;
+        // Up to a STEP of places behind the last is computed with and thrown away; what is left in memory may be slow.
+        std::memset(room.keys, 0, static_cast<size_t>(room.d_keys - room.keys) * 4);
 #pragma omp for schedule(dynamic)
         for (int64_t index = 0; index < num_tasks; index++) {
             const int64_t *const tree = trees.order + 2 * (index / each), part = index % each;

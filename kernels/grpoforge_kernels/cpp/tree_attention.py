@@ -18,7 +18,7 @@ from grpoforge_kernels.reference import tree_attention as reference
 
 __all__ = ["backward", "forward"]
 
-SMALL = 2**20
+SMALL = 2**18
 """Work (of a plan, times heads of keys and their size) below which a second thread costs more than it saves."""
 
 _library = loader.library()
