@@ -144,11 +144,11 @@ static __attribute__((noinline)) void transpose(
         }
 }
 
-INLINE void copy(const float* from, float* to, int64_t n) {
+static __attribute__((noinline)) void copy(const float* from, float* to, int64_t n) {
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) store_at(load_at(from + i), to + i);
     for (; i + 4 <= n; i += 4) std::memcpy(to + i, from + i, 16);
-    for (; i < n; i++) to[i] = from[i];
+    if (i < n) std::memcpy(to + i, from + i, static_cast<size_t>(n - i) * 4);
 }
 
 INLINE void clear(float* x, int64_t n) { std::memset(x, 0, static_cast<size_t>(n) * sizeof *x); }
