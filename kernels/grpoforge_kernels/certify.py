@@ -26,6 +26,7 @@ from grpoforge_kernels.cpp import build
 from grpoforge_kernels.errors import KernelError
 
 PACKAGE = Path(__file__).parent
+JUDGES = ("adversarial.py", "adversarial_inputs.py", "adversarial_trees.py", "accuracy.py")
 FUSED = tuple(name for name in dispatch.BACKENDS if name != "reference")
 
 _log = logging.getLogger("grpoforge_kernels")
@@ -202,7 +203,7 @@ def _sources(backend: str) -> list[Path]:
     own = [*(PACKAGE / backend).glob("*.py")]
     if backend == "cpp":
         own += [*build.SOURCES.glob("*.cpp"), *build.SOURCES.glob("*.h")]
-    judge = [PACKAGE / "bench" / name for name in ("adversarial.py", "adversarial_inputs.py", "accuracy.py")]
+    judge = [PACKAGE / "bench" / name for name in JUDGES]
     # By name: the same files in another folder are the same kernels.
     return [*sorted(shared), *sorted(own, key=lambda path: path.name), *judge]
 

@@ -84,6 +84,7 @@ def test_the_checks_cover_the_list() -> None:
         for name in ("head", "every other token banned", "logits around +1e4", "masked rows that hold NaN", "no rows"):
             assert (op, name) in names
     assert ("grpo_loss_from_logits", "logits around -1e4, dual clip with k2") in names
+    assert ("tree_attention", "NaN in another tree") in names
     assert {op for op, _ in names} == {name for name in ops.__all__ if name.islower()}
 
 

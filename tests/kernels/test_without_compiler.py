@@ -12,7 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PARTS = (
-    *(f"kernels/test_{name}.py" for name in ("selective_log_softmax", "grpo_loss", "linear_logprobs", "rows")),
+    *(
+        f"kernels/test_{name}.py"
+        for name in ("selective_log_softmax", "grpo_loss", "linear_logprobs", "rows", "tree_attention")
+    ),
     *(f"kernels/test_{name}.py" for name in ("dispatch", "cpp_build", "certify", "bench", "decode")),
     "plugins/test_sampler_native.py",
     *("test_logprobs.py", "test_objective.py", "test_policy.py", "test_engine.py", "cli/test_bench_command.py"),

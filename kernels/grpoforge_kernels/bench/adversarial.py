@@ -7,6 +7,7 @@ The oracle is the same operation in float64, which is the plain PyTorch definiti
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpoforge_kernels import ops
+from grpoforge_kernels import dispatch, ops
 from grpoforge_kernels.bench.accuracy import BOUNDS, Bound
 from grpoforge_kernels.bench.adversarial_inputs import (
     DTYPES,
@@ -28,6 +29,7 @@ from grpoforge_kernels.bench.adversarial_inputs import (
     row_inputs,
     rows_of_losses,
 )
+from grpoforge_kernels.bench.adversarial_trees import tree_checks
 from grpoforge_kernels.bench.forcing import forced
 from grpoforge_kernels.errors import KernelError
 from grpoforge_kernels.reference.linear_logprobs import linear_logprobs as defined_logprobs
@@ -63,6 +65,9 @@ def checks(device: str) -> Iterator[Check]:
             for op, run in HEAD_OPS.items():
                 yield Check(op, dtype_name, name, partial(_compare_head, head, run, device))
         yield from _loss_checks(dtype_name, device)
+        # Triton has no attention over trees: elsewhere it is the reference that runs.
+        if device == "cpu" and os.environ.get(dispatch.VARIABLE) != "triton":
+            yield from (Check("tree_attention", dtype_name, name, run) for name, run in tree_checks(dtype))
     for name, options in LOSSES.items():
         yield Check("grpo_loss", "fp32", name, partial(_loss, options, device))
 

@@ -1,6 +1,8 @@
 // What the arithmetic of attention over trees (tree_kernels.h) and its schedule (tree_attention.cpp) say to each other.
 #pragma once
 
+#include <initializer_list>
+
 #include "rows.h"
 
 namespace grpoforge {
@@ -11,13 +13,14 @@ constexpr int64_t PART = 128;  // places whose scores are held at a time
 INLINE int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Tokens in preorder. `ends`: where the subtree of a token ends. `blocks`: where each block of tokens begins that is
-// computed at a time; the last entry is the number of tokens. A block has tokens of one tree. `order`: the first block and
-// the last of each tree, those with most work first.
+// computed at a time; the last entry is the number of tokens. A block has tokens of one tree. `order`: where the blocks of
+// each tree begin and end, the trees with most work first.
 struct Trees {
     int64_t num_tokens, group;  // query heads that share a head of keys
     const int64_t* positions;
     int64_t *parents, *ends, *blocks, *order;
-    int64_t num_trees, slots, queries;  // that the largest block needs
+    int64_t num_trees, work;
+    int64_t slots, queries;  // that the largest block needs
 };
 
 // [tokens, heads, d] with `row` numbers from a token to the next.
@@ -50,7 +53,7 @@ struct Room {
 };
 
 struct TreeArithmetic {
-    int64_t lanes;  // of a register
+    int64_t lanes;  // floats of a register
     void (*forward)(const Trees&, const Attention&, const Task&, const Room&);
     void (*backward)(const Trees&, const Attention&, const Task&, const Room&);
 };

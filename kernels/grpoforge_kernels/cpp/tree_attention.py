@@ -19,7 +19,7 @@ from grpoforge_kernels.reference import tree_attention as reference
 __all__ = ["backward", "forward"]
 
 SMALL = 2**18
-"""Numbers in queries below which a second thread costs more than it saves."""
+"""Work (of a plan, times heads of keys and their size) below which a second thread costs more than it saves."""
 
 _library = loader.library()
 _make_plan = _library.grpoforge_tree_plan
@@ -38,7 +38,7 @@ class _Trees(Structure):
     _fields_ = (
         *((name, c_int64) for name in ("num_tokens", "group")),
         *((name, c_void_p) for name in ("positions", "parents", "ends", "blocks", "order")),
-        *((name, c_int64) for name in ("num_trees", "slots", "queries")),
+        *((name, c_int64) for name in ("num_trees", "work", "slots", "queries")),
     )
 
 
@@ -64,6 +64,7 @@ class _Plan:
     def __init__(self, forest: Forest, group: int) -> None:
         n = len(forest)
         self._kept = forest.positions, torch.empty(5, n + 1, dtype=torch.int64)
+        # The order of the trees has two entries for each, in the last two rows.
         parents, ends, blocks, order = (self._kept[1][row].data_ptr() for row in range(4))
         self.trees = _Trees(n, group, forest.positions.data_ptr(), parents, ends, blocks, order)
         self.address = byref(self.trees)
@@ -124,7 +125,7 @@ def _run(function: object, forest: Forest, query: Tensor, attention: _Attention)
     group = heads // attention.kv_heads
     assert len(forest) == num_tokens and group * attention.kv_heads == heads
     plan = forest.derived(("cpp", group), lambda forest: _Plan(forest, group))
-    threads = torch.get_num_threads() if query.numel() >= SMALL else 1
+    threads = torch.get_num_threads() if plan.trees.work * attention.kv_heads * d >= SMALL else 1
     memory = query.new_empty(threads * plan.room(d))
     function(plan.address, byref(attention), memory.data_ptr(), threads)  # type: ignore[operator]
 

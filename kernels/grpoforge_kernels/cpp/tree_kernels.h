@@ -62,13 +62,14 @@ template <bool is_transposed, int vectors>
 static __attribute__((noinline)) void tile(const Product& p, const float* a, const float* b, float* c) {
     Floats sums[ROWS][vectors] = {};
     const int64_t a_row = p.a_row, b_row = p.b_row, c_row = p.c_row;
+    const bool adds = p.adds;
     for (int64_t k = p.depth; k > 0; k--) {
         Floats column[vectors];
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; v++) column[v] = load_at(b + v * LANES);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
-            const Floats factor = all(a[is_transposed ? r : r * a_row]);
+            const float factor = a[is_transposed ? r : r * a_row];
 #pragma GCC unroll 2
             for (int v = 0; v < vectors; v++) sums[r][v] += factor * column[v];
         }
@@ -80,7 +81,7 @@ static __attribute__((noinline)) void tile(const Product& p, const float* a, con
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; v++) {
             float* const at = c + r * c_row + v * LANES;
-            store_at(p.adds ? load_at(at) + sums[r][v] : sums[r][v], at);
+            store_at(adds ? load_at(at) + sums[r][v] : sums[r][v], at);
         }
 }
 
@@ -143,11 +144,11 @@ static __attribute__((noinline)) void transpose(
         }
 }
 
-INLINE void copy(const float* from, float* to, int64_t n) {
+static __attribute__((noinline)) void copy(const float* from, float* to, int64_t n) {
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) store_at(load_at(from + i), to + i);
     for (; i + 4 <= n; i += 4) std::memcpy(to + i, from + i, 16);
-    for (; i < n; i++) to[i] = from[i];
+    if (i < n) std::memcpy(to + i, from + i, static_cast<size_t>(n - i) * 4);
 }
 
 INLINE void clear(float* x, int64_t n) { std::memset(x, 0, static_cast<size_t>(n) * sizeof *x); }
@@ -316,12 +317,21 @@ static void attend(const Work& w, const Block& b) {
     finish(w, b);
 }
 
+// Asks for what a block will read, while another one is computed. (GCC would leave out calls of a function with no effect.)
+INLINE void ask_for(const Work& w, int64_t index, std::initializer_list<const grpoforge::Heads*> queries) {
+    const int64_t first = w.trees.blocks[index], end = w.trees.blocks[index + 1], n = w.task.num_heads * w.d;
+    for (const grpoforge::Heads* const one : queries)
+        for (int64_t token = first; token < end; token++)
+            for (int64_t j = 0; j < n; j += 16) __builtin_prefetch(w.queries_of(*one, token) + j);
+}
+
 static void forward(const Trees& trees, const Attention& attention, const Task& task, const Room& room) {
     const Work w = {trees, attention, task, room};
     for (int64_t slot = 0; slot < trees.slots; slot++) room.held[slot] = -1;
     for (int64_t index = task.first; index < task.last; index++) {
         const Block b = block_of(w, index);
         enter(w, b);
+        if (index + 1 < task.last) ask_for(w, index + 1, {&attention.query});
         attend(w, b);
     }
 }
@@ -421,6 +431,7 @@ static void backward(const Trees& trees, const Attention& attention, const Task&
         const Block b = block_of(w, index);
         enter(w, b);
         if (index + 1 < task.last) gather(w, b, b.first + b.count);
+        if (index > task.first) ask_for(w, index - 1, {&attention.query, &attention.grad, &attention.out});
         attend_backward(w, b);
         leave(w, b);
     }
