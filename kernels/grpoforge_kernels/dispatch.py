@@ -17,7 +17,7 @@ from types import ModuleType
 
 import torch
 
-from grpoforge_kernels.cpp import loader
+from grpoforge_kernels.cpp import build
 from grpoforge_kernels.errors import KernelError
 
 BACKENDS = ("reference", "cpp", "triton")
@@ -121,14 +121,14 @@ def _devices(name: str) -> tuple[str, ...]:
 
 @cache
 def _module(name: str, op: str) -> ModuleType | str:
-    """The module of a backend for an operation, or why there is none. Loading ``cpp`` builds its library."""
+    """The module of a backend for an operation, or why there is none. Loading one of ``cpp`` builds its library."""
     package = f"{__package__}.{name}"
     if not (importlib.util.find_spec(package) and importlib.util.find_spec(f"{package}.{op}")):
         return f"it has no {op}"
     try:
         return importlib.import_module(f"{package}.{op}")
     except ImportError as error:
-        _warn_once(f"the {name} kernels cannot be loaded: {error}; {loader.INSTEAD}")
+        _warn_once(f"the {name} kernels cannot be loaded: {error}; {build.LIBRARIES['losses'].instead}")
         return str(error)
     except KernelError as error:
         return str(error)

@@ -1,8 +1,9 @@
-"""The C++ library in environments that are not made for it: each is one warning, then the reference, same results."""
+"""The C++ libraries in environments that are not made for it: each is one warning, then the reference, same results."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -36,16 +37,21 @@ OP = "selective_log_softmax"
 needs_compiler = pytest.mark.needs_compiler
 
 
-def run(**environment: str) -> tuple[str, str, list[str]]:
-    """The backend, the figures and the warnings of the script in a process of its own."""
+def run(first: str = "", **environment: str) -> tuple[str, str, list[str]]:
+    """The backend, the figures and the warnings of the script in a process of its own, after what is to run first."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("GRPOFORGE_KERNELS", "CXX")}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT],
+        [sys.executable, "-W", "ignore", "-c", first + SCRIPT],
         env={**inherited, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     backend, figures = done.stdout.splitlines()
     return backend, figures, done.stderr.splitlines()
+
+
+def on(flags: str) -> str:
+    """What makes the script take this machine for one with these instruction sets."""
+    return f"from grpoforge_kernels.cpp import build\nbuild._cpu_flags = lambda: {flags!r}\n"
 
 
 @pytest.fixture
@@ -79,10 +85,53 @@ def test_it_builds_once_and_quietly(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     backend, figures, warnings = run(GRPOFORGE_CACHE=str(tmp_path))
     assert (backend, figures, warnings) == ("cpp", EXPECTED, [])
     monkeypatch.setenv("GRPOFORGE_CACHE", str(tmp_path))
-    built = build.library()
+    built = build.library("losses")
     before = built.stat().st_mtime_ns
-    assert build.library() == built and built.stat().st_mtime_ns == before
-    assert sorted(path.name for path in built.parent.iterdir()) == [build.LIBRARY, "lock"]
+    assert build.library("losses") == built and built.stat().st_mtime_ns == before
+    assert sorted(path.name for path in built.parent.iterdir()) == [build.file_name("losses"), "lock"]
+    assert [path.name for path in built.parents[1].iterdir()] == [built.parent.name], "the decoder was not asked for"
+
+
+def test_every_file_is_in_one_library() -> None:
+    """One that is left out would never be compiled; one in two would be compiled twice."""
+    listed = sorted(source for library in build.LIBRARIES.values() for source in library.sources)
+    assert listed == sorted(path.stem for path in build.SOURCES.glob("*.cpp"))
+
+
+@needs_compiler
+@pytest.mark.parametrize("flags", [" ".join(sorted(flags)) for flags in build.LEVELS.values()])
+def test_every_generation_computes_the_same(flags: str, tmp_path: Path) -> None:
+    """Where this machine can run it: instructions of a generation that it lacks would kill the process."""
+    if not set(flags.split()) <= set(build._cpu_flags().split()):
+        pytest.skip(f"this processor has not all of {flags}")
+    backend, figures, warnings = run(
+        f"from grpoforge_kernels.cpp import build\nbuild._cpu_flags = lambda: {flags!r}\n",
+        GRPOFORGE_CACHE=str(tmp_path),
+    )
+    assert (backend, figures, warnings) == ("cpp", EXPECTED, [])
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("broken", "works", "fails", "instead"),
+    [
+        ("decode", OP, "decode", "completions are decoded by the model's own forward pass"),
+        ("grpo_loss", "decode", OP, "the slower PyTorch kernels, which compute the same, are used"),
+    ],
+)
+def test_a_broken_library_takes_nothing_from_another(
+    broken: str, works: str, fails: str, instead: str,
+    tmp_path: Path, anew: Callable[..., str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    copy = Path(shutil.copytree(build.SOURCES, tmp_path / "cpp", ignore=shutil.ignore_patterns("__pycache__")))
+    (copy / f"{broken}.cpp").write_text("not C++")
+    monkeypatch.setattr(build, "SOURCES", copy)
+    anew(GRPOFORGE_CACHE=str(tmp_path / "cache"))
+    assert dispatch.obstacle("cpp", works, "cpu", torch.float32) is None
+    for _ in range(2):
+        assert f"/cpp/{broken}.cpp:1:1: error" in str(dispatch.obstacle("cpp", fails, "cpu", torch.float32))
+    (warning,) = caplog.messages
+    assert warning.endswith(f"; {instead}")
 
 
 @pytest.mark.parametrize(
@@ -132,9 +181,7 @@ def test_what_goes_wrong_is_one_warning_and_the_reference(
 @needs_compiler
 def test_hidden_fast_math_is_found_out(tmp_path: Path) -> None:
     # In a process of its own: a library linked with -ffast-math makes its whole process flush small numbers to 0.
-    backend, _, warnings = run(
-        GRPOFORGE_CACHE=str(tmp_path), CXX="c++ -ffast-math -U__FAST_MATH__ -DGRPOFORGE_NO_CLONES"
-    )
+    backend, _, warnings = run(on("sse2"), GRPOFORGE_CACHE=str(tmp_path), CXX="c++ -ffast-math -U__FAST_MATH__")
     assert backend == "reference"
     assert len(warnings) == 1 and "the C++ kernels do not compute what they should" in warnings[0]
 
@@ -157,8 +204,8 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setenv("GRPOFORGE_CACHE", str(tmp_path))
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(KernelError, match=r"cannot be kept in .*kernels/\w+: Read-only file system") as caught:
-        build.library()
+    with pytest.raises(KernelError, match=r"cannot be kept in .*kernels/losses-\w+: Read-only file system") as caught:
+        build.library("losses")
     assert caught.value.hint == "set GRPOFORGE_CACHE to a folder that can be written"
 
 
@@ -167,12 +214,12 @@ def test_two_that_build_at_once_get_one_library(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("GRPOFORGE_CACHE", str(tmp_path))
     built = []
 
-    def fake(compiler: tuple[str, ...], path: Path) -> None:
+    def fake(compiler: tuple[str, ...], name: str, path: Path) -> None:
         built.append(path)
         path.write_text("library")
 
     monkeypatch.setattr(build, "_build", fake)
-    threads = [threading.Thread(target=build.library) for _ in range(4)]
+    threads = [threading.Thread(target=build.library, args=("losses",)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -192,11 +239,20 @@ def test_a_compiler_without_openmp_gets_one_thread(
 @needs_compiler
 def test_what_the_library_depends_on_is_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = build.find_compiler()
-    key = build._key(compiler)
-    assert build._key(compiler) == key and len(key) == 32
-    assert build._key((*compiler, "-g")) != key
+    copy = Path(shutil.copytree(build.SOURCES, tmp_path / "cpp"))
+    monkeypatch.setattr(build, "SOURCES", copy)
+    key = build._key(compiler, "losses")
+    assert build._key(compiler, "losses") == key and len(key) == 32
+    assert build._key((*compiler, "-g"), "losses") != key
+    assert build._key(compiler, "decode") != key
+    (copy / "decode.cpp").write_text("of the other library")
+    assert build._key(compiler, "losses") == key
+    for file in ("products.cpp", "floats.h"):
+        (copy / file).write_text("another")
+        assert build._key(compiler, "losses") != key
+        key = build._key(compiler, "losses")
     monkeypatch.setattr(build, "_cpu_flags", lambda: "flags: sse2")
-    assert build._key(compiler) != key
+    assert build._key(compiler, "losses") != key
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,11 +277,11 @@ def test_a_user_without_a_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "expanduser", nowhere)
     with pytest.raises(KernelError, match=r"the C\+\+ kernels cannot be kept: this user has no home folder") as caught:
-        build.library()
+        build.library("losses")
     assert caught.value.hint == "set GRPOFORGE_CACHE to a folder that can be written"
 
 
 def test_a_compiler_is_asked_away_from_the_sources(tmp_path: Path) -> None:
     """What it leaves where it runs must not lie among them."""
-    build._key((script(tmp_path / "compiler", f"pwd > {tmp_path}/place"),))
+    build._key((script(tmp_path / "compiler", f"pwd > {tmp_path}/place"),), "losses")
     assert (tmp_path / "place").read_text().strip() != str(build.SOURCES)

@@ -1,4 +1,4 @@
-"""Compile the C++ files of this folder into one shared library, in a cache of the user, once."""
+"""Compile the C++ files of this folder into shared libraries: each once, when it is needed, in a cache of the user."""
 
 from __future__ import annotations
 
@@ -12,44 +12,68 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from grpoforge_kernels.errors import KernelError
 
 SOURCES = Path(__file__).parent
-LIBRARY = "libgrpoforge_kernels.so"
 CACHE_VARIABLE = "GRPOFORGE_CACHE"
 SECONDS = 120
 """How long a compiler may take; it needs about one."""
 
+
+@dataclass(frozen=True)
+class Library:
+    """What is compiled, loaded and, if it must be, rejected together.
+
+    ``sources`` are names of files, all compiled at once, without ``.cpp``; ``instead`` says what runs without them.
+    """
+
+    sources: tuple[str, ...]
+    instead: str = "the slower PyTorch kernels, which compute the same, are used"
+
+
+LIBRARIES = {
+    "losses": Library(("grpo_loss", "products", "selective_log_softmax")),
+    "decode": Library(("decode", "decode_arithmetic"), "completions are decoded by the model's own forward pass"),
+}
+
 FLAGS = ("-std=c++17", "-fPIC", "-O3", "-Wno-psabi", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
-VARIANTS = (
-    ("-fopenmp",),
-    ("-fopenmp", "-march=native", "-DGRPOFORGE_NO_CLONES"),
-    ("-fopenmp-simd", "-DGRPOFORGE_NO_CLONES"),
-)
-"""The first that a compiler takes: three generations of x86-64 in one library; this machine only; one thread."""
+PLAIN = "-DGRPOFORGE_PLAIN"
+"""Only what every compiler of every processor takes."""
+LEVELS = {
+    ("-march=x86-64-v4", "-mprefer-vector-width=512"): {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512cd"},
+    ("-march=x86-64-v3",): {"avx2", "fma", "bmi2"},
+    ("-march=x86-64",): {"sse2"},
+}
+"""Generations of x86-64, the best first, by the instruction sets that tell them; all of one get the same code."""
 
 
-def library() -> Path:
-    """The compiled library, from the cache when it is there.
+def library(name: str) -> Path:
+    """The compiled library of that name in `LIBRARIES`, from the cache when it is there.
 
     Raises:
         KernelError: there is no compiler, it fails, or the cache cannot be written.
     """
     compiler = find_compiler()
-    folder = cache_folder() / _key(compiler)
-    built = folder / LIBRARY
+    folder = cache_folder() / f"{name}-{_key(compiler, name)}"
+    built = folder / file_name(name)
     try:
         if not built.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             with _locked(folder / "lock"):
                 if not built.is_file():
-                    _build(compiler, built)
+                    _build(compiler, name, built)
     except OSError as error:
         hint = f"set {CACHE_VARIABLE} to a folder that can be written"
         raise KernelError(f"the C++ kernels cannot be kept in {folder}: {error.strerror or error}", hint) from error
     return built
+
+
+def file_name(name: str) -> str:
+    """Of the library, in its folder."""
+    return f"libgrpoforge_{name}.so"
 
 
 def cache_folder() -> Path:
@@ -93,13 +117,17 @@ def _words(command: str) -> list[str]:
         return [command]
 
 
-def _key(compiler: Sequence[str]) -> str:
+def _files(name: str) -> list[Path]:
+    return [SOURCES / f"{source}.cpp" for source in LIBRARIES[name].sources]
+
+
+def _key(compiler: Sequence[str], name: str) -> str:
     """Everything that the library depends on, as one name."""
     digest = hashlib.sha256()
-    for path in sorted((*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h"))):
+    for path in (*_files(name), *sorted(SOURCES.glob("*.h"))):
         digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
     version = _run((*compiler, "--version"), Path(tempfile.gettempdir()))
-    digest.update(repr((FLAGS, VARIANTS, tuple(compiler), version, platform.machine(), _cpu_flags())).encode())
+    digest.update(repr((FLAGS, _variants(), tuple(compiler), version, platform.machine(), _cpu_flags())).encode())
     return digest.hexdigest()[:32]
 
 
@@ -112,44 +140,51 @@ def _cpu_flags() -> str:
     return next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
 
 
-def _build(compiler: Sequence[str], built: Path) -> None:
+def _variants() -> tuple[tuple[str, ...], ...]:
+    """The first that a compiler takes: for this machine's generation; for this machine as it knows it; one thread."""
+    flags = set(_cpu_flags().split())
+    level = next((options for options, needed in LEVELS.items() if needed <= flags), ("-march=native",))
+    return ("-fopenmp", *level), ("-fopenmp", "-march=native", PLAIN), ("-fopenmp-simd", PLAIN)
+
+
+def _build(compiler: Sequence[str], name: str, built: Path) -> None:
     """The library appears whole or not at all: it is linked beside its place and renamed."""
-    for last, variant in enumerate(VARIANTS, start=1 - len(VARIANTS)):
+    variants = _variants()
+    for last, variant in enumerate(variants, start=1 - len(variants)):
         with tempfile.TemporaryDirectory(dir=built.parent) as scratch:
+            linked = Path(scratch, built.name)
             try:
-                _compile(compiler, variant, Path(scratch))
+                _compile((*compiler, *FLAGS, *variant), _files(name), linked)
             except KernelError:
                 if last == 0:
                     raise
                 continue
-            os.replace(Path(scratch, LIBRARY), built)
+            os.replace(linked, built)
             return
 
 
-def _compile(compiler: Sequence[str], variant: Sequence[str], scratch: Path) -> None:
+def _compile(command: Sequence[str], files: Sequence[Path], linked: Path) -> None:
     """One process for each file, all at once; then the link."""
-    files = sorted(SOURCES.glob("*.cpp"))
+    scratch = linked.parent
     objects = [str(scratch / f"{path.stem}.o") for path in files]
-    commands = [
-        (*compiler, *FLAGS, *variant, "-c", str(path), "-o", to) for path, to in zip(files, objects, strict=True)
-    ]
+    commands = [(*command, "-c", str(path), "-o", to) for path, to in zip(files, objects, strict=True)]
     with tempfile.TemporaryFile("w+", dir=scratch, encoding="utf-8", errors="replace") as errors:
         running = [
-            subprocess.Popen(command, cwd=scratch, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors)
-            for command in commands
+            subprocess.Popen(one, cwd=scratch, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors)
+            for one in commands
         ]
         try:
             failed = [process.args for process in running if process.wait(SECONDS) != 0]
         except subprocess.TimeoutExpired as error:
-            raise KernelError(f"the C++ compiler {compiler[0]} took more than {SECONDS} s") from error
+            raise KernelError(f"the C++ compiler {command[0]} took more than {SECONDS} s") from error
         finally:
             for process in running:
                 process.kill()
                 process.wait()
         if failed:
             errors.seek(0)
-            raise _failure(compiler, errors.read())
-    _run((*compiler, *FLAGS, *variant, "-shared", *objects, "-o", str(scratch / LIBRARY)), scratch)
+            raise _failure(command, errors.read())
+    _run((*command, "-shared", *objects, "-o", str(linked)), scratch)
 
 
 def _run(command: Sequence[str], folder: Path) -> str:

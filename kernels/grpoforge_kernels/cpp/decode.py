@@ -23,7 +23,7 @@ STRIP = 32
 ALONE = 2**25
 """Bytes of weights up to which each thread has a batch of its own: they stay in its cache."""
 
-_library = loader.library()
+_library = loader.library("decode")
 _pack = _library.grpoforge_pack
 _pack.argtypes, _pack.restype = (c_void_p, c_int64, c_int64, c_void_p, c_int32), None
 _product = _library.grpoforge_decode_product
@@ -212,7 +212,7 @@ def _check_products() -> None:
     multiply(a, pack(b), None, out, "add")
     if not torch.allclose(out.double(), a.double() @ b.double().t() + 1, rtol=1e-5, atol=1e-5):
         hint = "set CXX to a compiler without -ffast-math and its like"
-        raise loader.reject(KernelError("the C++ decoder does not compute what it should", hint))
+        raise loader.reject("decode", KernelError("the C++ decoder does not compute what it should", hint))
 
 
 _check_products()

@@ -225,7 +225,7 @@ INLINE Sums sums_of(const Block& block, const GrpoOptions& options) {
 }
 
 // `gradient` is that of the block's first token, or null.
-CLONES Sums block_sums(
+Sums block_sums(
     const GrpoTokens& tokens, int64_t start, int64_t n, const GrpoOptions& options, float* gradient) {
     Block block;
     load_block(tokens, start, n, block);
@@ -241,7 +241,7 @@ CLONES Sums block_sums(
 }
 
 // What block_sums makes of one token: the derivative of the loss by its log-prob.
-CLONES float slope_of(const GrpoTokens& tokens, int64_t i, const GrpoOptions& options) {
+float slope_of(const GrpoTokens& tokens, int64_t i, const GrpoOptions& options) {
     const float weight = tokens.weights[i] > 0.0 ? static_cast<float>(tokens.weights[i]) : 0.0f;
     if (!tokens.mask[i] || !(weight > 0.0f)) return 0.0f;
     const float ratio = exponential_of(tokens.logprobs[i] - tokens.old[i]).exp;

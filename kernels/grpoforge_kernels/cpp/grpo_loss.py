@@ -44,7 +44,7 @@ class _Tokens(Structure):
     )
 
 
-_library = loader.library()
+_library = loader.library("losses")
 _loss = _library.grpoforge_grpo_loss
 _loss.argtypes, _loss.restype = (*(c_void_p,) * 5, c_int32), None
 _from_logits = _library.grpoforge_grpo_loss_from_logits

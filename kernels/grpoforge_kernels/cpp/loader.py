@@ -1,4 +1,7 @@
-"""The C++ library as it is loaded once in a process: built when it must be, and refused when it computes wrongly."""
+"""The C++ libraries as they are loaded, each once in a process: built when they must be, refused when they are wrong.
+
+One that cannot be built, loaded or trusted takes nothing from the others.
+"""
 
 from __future__ import annotations
 
@@ -11,47 +14,43 @@ import torch  # noqa: F401
 from grpoforge_kernels.cpp import build
 from grpoforge_kernels.errors import KernelError
 
-INSTEAD = "the slower PyTorch kernels, which compute the same, are used"
-
 _log = logging.getLogger("grpoforge_kernels")
-_loaded: ctypes.CDLL | KernelError | None = None
+_loaded: dict[str, ctypes.CDLL | KernelError] = {}
 
 
-def library() -> ctypes.CDLL:
-    """The library. A failure is logged once, as a warning, and raised at every call.
+def library(name: str) -> ctypes.CDLL:
+    """The library of that name in `build.LIBRARIES`. A failure is logged once, as a warning, and raised at every call.
 
     Raises:
         KernelError: it cannot be built or loaded, or was rejected.
     """
-    global _loaded
-    if _loaded is None:
+    if name not in _loaded:
         try:
-            _loaded = _load()
+            _loaded[name] = _load(name)
         except KernelError as error:
-            raise reject(error) from error
-    if isinstance(_loaded, KernelError):
-        raise _loaded
-    return _loaded
+            raise reject(name, error) from error
+    found = _loaded[name]
+    if isinstance(found, KernelError):
+        raise found
+    return found
 
 
-def reject(error: KernelError) -> KernelError:
+def reject(name: str, error: KernelError) -> KernelError:
     """Never use the library in this process, because of ``error``, which is logged and returned."""
-    global _loaded
-    if not isinstance(_loaded, KernelError):
+    if not isinstance(_loaded.get(name), KernelError):
         hint = f" ({error.hint})" if error.hint else ""
-        _log.warning("%s%s; %s", error.message, hint, INSTEAD)
-    _loaded = error
+        _log.warning("%s%s; %s", error.message, hint, build.LIBRARIES[name].instead)
+    _loaded[name] = error
     return error
 
 
 def forget() -> None:
     """Load anew at the next call."""
-    global _loaded
-    _loaded = None
+    _loaded.clear()
 
 
-def _load() -> ctypes.CDLL:
-    path = build.library()
+def _load(name: str) -> ctypes.CDLL:
+    path = build.library(name)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:

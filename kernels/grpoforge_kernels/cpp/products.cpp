@@ -8,7 +8,7 @@
 // the number of threads nor on the rows beside it.
 #include "rows.h"
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && !defined(GRPOFORGE_NO_CLONES)
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && !defined(GRPOFORGE_PLAIN)
 #define HAS_PRODUCT 1
 #include <cstdlib>
 #include <sys/syscall.h>

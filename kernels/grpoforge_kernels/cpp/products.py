@@ -19,7 +19,7 @@ KINDS = ("none", "avx512", "amx")
 SMALL = 2**22
 """Multiplications below which a second thread costs more than it saves."""
 
-_library = loader.library()
+_library = loader.library("losses")
 _kind = _library.grpoforge_bfloat16_product_kind
 _kind.argtypes, _kind.restype = (), c_int32
 _depth = _library.grpoforge_bfloat16_product_depth

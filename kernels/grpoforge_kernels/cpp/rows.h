@@ -17,14 +17,6 @@
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_MEMBER inline __attribute__((always_inline))
 
-// Loops over elements (`omp simd`) are compiled for three generations of x86-64, and chosen when the library is loaded.
-// A loop that adds is better written with floats.h: in the copies GCC 12 adds one element after the other.
-#if defined(__x86_64__) && !defined(GRPOFORGE_NO_CLONES)
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
-
 namespace grpoforge {
 
 enum Format : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };

@@ -22,7 +22,7 @@ FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SMALL = 2**16
 """Elements below which a second thread costs more than it saves."""
 
-_library = loader.library()
+_library = loader.library("losses")
 _LOGITS = (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_float, c_float)
 _row_stats = _library.grpoforge_row_stats
 _row_stats.argtypes, _row_stats.restype = (*_LOGITS, *(c_void_p,) * 4, c_int32), None
@@ -125,7 +125,7 @@ def _check() -> None:
     pairs = zip((*finish(stats, s), ours), (*reference.finish(exact, s.double()), gradient), strict=True)
     if not all(torch.allclose(mine.double(), true, rtol=1e-5, atol=1e-6) for mine, true in pairs):
         hint = "set CXX to a compiler without -ffast-math and its like"
-        raise loader.reject(KernelError("the C++ kernels do not compute what they should", hint))
+        raise loader.reject("losses", KernelError("the C++ kernels do not compute what they should", hint))
 
 
 _check()
