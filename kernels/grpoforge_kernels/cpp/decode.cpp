@@ -1,5 +1,6 @@
 // Decoding for Llama and its like: the schedule. Prompts and completions in any mixture go through the layers as rows of
-// one batch; a prompt's keys and values are made once and read by all of its completions.
+// one batch; a prompt's keys and values are made once and read by all of its completions, and rows that have drawn the same
+// tokens so far go through the layers as one.
 //
 // Small models: each thread has slots and completions of its own and waits for nobody. Large ones: all threads work on
 // one batch, each on a share of every matrix's columns, so weights are read from memory once for all rows.
@@ -78,6 +79,15 @@ struct Block {
         std::memcpy(to, value, static_cast<size_t>(model.d) * 4);
         std::memset(to + model.d, 0, static_cast<size_t>(model.width() - model.d) * 4);
     }
+    // The first `places` of another block of the same size.
+    void copy(const Block& other, int64_t places) const {
+        const int64_t keys_size = rounded(places, KEYS) * model.d, values_size = places * model.width();
+        for (int64_t l = 0; l < model.num_layers; l++)
+            for (int64_t h = 0; h < model.kv_heads; h++) {
+                std::memcpy(keys_of(l, h), other.keys_of(l, h), static_cast<size_t>(keys_size) * 4);
+                std::memcpy(values_of(l, h), other.values_of(l, h), static_cast<size_t>(values_size) * 4);
+            }
+    }
 };
 
 struct Request {
@@ -103,9 +113,12 @@ struct Prompt {
 };
 
 struct Row {
-    int64_t number, slot, drawn, last;
+    int64_t number;
+    int64_t slot;  // of the keys and values of what it has drawn, the last token excepted; shared by rows that drew the same
+    int64_t drawn, last;
     Prompt* prompt;
 };
+constexpr int64_t NO_SLOT = -1;  // of a row that has drawn nothing
 
 // Rows of one prompt that are handed out together.
 struct Unit {
@@ -146,9 +159,6 @@ public:
           own(slots * Block::size(model, capacity)), x(batch * m.hidden), normed(batch * m.hidden),
           qkv(batch * m.qkv_columns()), mixed(batch * m.heads * m.d), act(batch * m.ffn_columns()),
           results(slots * m.hidden), logits(logit_rows * m.vocabulary) {
-        for (int64_t slot = slots; slot-- > 0;) {
-            free_slots.push_back(slot);
-        }
         for (int64_t slot = 0; slot < slots; slot++)
             blocks.emplace_back(m, capacity, own.data + slot * Block::size(m, capacity));
         prompts.resize(static_cast<size_t>(r.num_prompts));
@@ -175,7 +185,10 @@ public:
             for (size_t first = 0; first < queue.size(); first += static_cast<size_t>(batch))
                 pass(team, queue.data() + first, std::min<int64_t>(batch, static_cast<int64_t>(queue.size() - first)));
             choose(team);
-            team.alone([&] { retire(); });
+            team.alone([&] {
+                retire();
+                part();
+            });
         }
         return !live.empty() || !entering.empty() || has_waiting();
     }
@@ -192,15 +205,18 @@ private:
     std::vector<std::unique_ptr<Floats>> scores, weights;
     std::vector<std::vector<double>> parts;
     std::vector<Block> blocks;
-    std::vector<int64_t> free_slots;
     std::vector<std::unique_ptr<Prompt>> prompts;  // those that are in use
     Unit unit = {0, 0, 0};
     std::vector<Row> live, entering;
     bool is_idle = false;
     std::vector<Token> queue;
+    int64_t num_going_on = 0;  // tokens of live rows, the first in the queue
     std::vector<int64_t> wanted;
     std::vector<const float*> sources;  // hidden states that go through the head
     std::vector<int64_t> source_of;     // of each live row
+    std::vector<int64_t> source_at;     // of each slot that is in use
+    std::vector<int64_t> old_slots;     // of each live row, before rows part
+    std::vector<uint8_t> is_taken;      // each slot
 
     bool has_waiting() { return unit.count > 0 || next.load() < static_cast<int64_t>(units.size()); }
 
@@ -209,13 +225,17 @@ private:
         queue.clear();
         live.erase(std::remove_if(live.begin(), live.end(), [&](const Row& row) { return ended[row.number] && leave(row); }),
                    live.end());
-        for (const Row& row : live)
+        source_at.assign(static_cast<size_t>(slots), NO_SLOT);
+        for (const Row& row : live) {
+            if (source_at[row.slot] != NO_SLOT) continue;
+            source_at[row.slot] = static_cast<int64_t>(queue.size());
             queue.push_back({row.last, row.prompt->length + row.drawn - 1, row.drawn - 1, &blocks[row.slot],
                              &row.prompt->block, row.prompt->length, results.data + (queue.size()) * m.hidden});
+        }
+        num_going_on = static_cast<int64_t>(queue.size());
         entering.clear();
-        while (!free_slots.empty() && (unit.count > 0 || take_unit())) {
-            entering.push_back({unit.first++, free_slots.back(), 0, 0, prompts[unit.prompt].get()});
-            free_slots.pop_back();
+        while (static_cast<int64_t>(live.size() + entering.size()) < slots && (unit.count > 0 || take_unit())) {
+            entering.push_back({unit.first++, NO_SLOT, 0, 0, prompts[unit.prompt].get()});
             unit.count--;
         }
     }
@@ -236,9 +256,8 @@ private:
         return true;
     }
 
-    // Every row: its slot is free again; the last row of a prompt takes the prompt along.
+    // The last row of a prompt takes the prompt along.
     bool leave(const Row& row) {
-        free_slots.push_back(row.slot);
         if (--row.prompt->rows_left == 0) prompts[r.prompt_of[row.number]].reset();
         return true;
     }
@@ -351,8 +370,8 @@ private:
         team.alone([&] {
             sources.clear();
             source_of.clear();
-            for (size_t i = 0; i < live.size(); i++) sources.push_back(results.data + static_cast<int64_t>(i) * m.hidden);
-            for (size_t i = 0; i < live.size(); i++) source_of.push_back(static_cast<int64_t>(i));
+            for (int64_t i = 0; i < num_going_on; i++) sources.push_back(results.data + i * m.hidden);
+            for (const Row& row : live) source_of.push_back(source_at[row.slot]);
             for (const Row& row : entering) {
                 if (sources.empty() || sources.back() != row.prompt->hidden.data) sources.push_back(row.prompt->hidden.data);
                 source_of.push_back(static_cast<int64_t>(sources.size()) - 1);
@@ -459,6 +478,43 @@ private:
             const bool is_end = std::find(r.eos, r.eos + r.num_eos, row.last) != r.eos + r.num_eos;
             return (is_end || row.drawn == r.max_tokens) && leave(row);
         }), live.end());
+    }
+
+    // Rows that shared a slot and drew different tokens get slots of their own, with a copy of what they shared. There are
+    // enough: no more rows are live than there are slots.
+    void part() {
+        old_slots.clear();
+        for (const Row& row : live) old_slots.push_back(row.slot);
+        is_taken.assign(static_cast<size_t>(slots), 0);
+        for (size_t i = 0; i < live.size(); i++) {
+            const int64_t first = first_like(static_cast<int64_t>(i)), old = old_slots[i];
+            if (first != static_cast<int64_t>(i) || old == NO_SLOT || is_taken[old])
+                live[i].slot = NO_SLOT;
+            else
+                is_taken[old] = 1;
+        }
+        int64_t free = 0;
+        for (size_t i = 0; i < live.size(); i++) {
+            if (live[i].slot != NO_SLOT) continue;
+            const int64_t first = first_like(static_cast<int64_t>(i)), old = old_slots[i];
+            if (first != static_cast<int64_t>(i)) {
+                live[i].slot = live[first].slot;
+                continue;
+            }
+            while (is_taken[free]) free++;
+            is_taken[free] = 1;
+            live[i].slot = free;
+            if (old != NO_SLOT) blocks[free].copy(blocks[old], live[i].drawn - 1);
+        }
+    }
+
+    // The first live row that has drawn the same tokens as row i, of its neighbors that go on from the same prompt.
+    int64_t first_like(int64_t i) const {
+        const Row& row = live[i];
+        int64_t first = i;
+        for (int64_t j = i - 1; j >= 0 && live[j].prompt == row.prompt; j--)
+            if (old_slots[j] == old_slots[i] && live[j].drawn == row.drawn && live[j].last == row.last) first = j;
+        return first;
     }
 };
 
