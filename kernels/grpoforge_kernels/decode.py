@@ -16,30 +16,11 @@ import torch
 from torch import Tensor
 
 from grpoforge_kernels import dispatch
+from grpoforge_kernels.decoder_layer import LayerWeights
+
+__all__ = ["LayerWeights", "Limits", "Look", "ModelWeights", "PackedModel", "Prompts", "obstacle"]
 
 OP = "decode"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerWeights:
-    """One layer, float32: matrices are ``[out, in]`` as in ``torch.nn.Linear``, biases and norms ``[n]`` or None."""
-
-    norm: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    qkv_bias: Tensor | None
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    out: Tensor
-    out_bias: Tensor | None
-    mlp_norm: Tensor
-    gate: Tensor
-    up: Tensor
-    gate_bias: Tensor | None
-    up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ __all__ = ["backward", "forward"]
 SMALL = 2**18
 """Work (of a plan, times heads of keys and their size) below which a second thread costs more than it saves."""
 
-_library = loader.library()
+_library = loader.library("layers")
 _make_plan = _library.grpoforge_tree_plan
 _make_plan.argtypes, _make_plan.restype = (c_void_p,), None
 _room = _library.grpoforge_tree_room
@@ -171,7 +171,7 @@ def _check() -> None:
     pairs = zip(ours, (*exact, *gradients), strict=True)
     if not all(torch.allclose(mine.double(), true, rtol=1e-5, atol=1e-5) for mine, true in pairs):
         hint = "set CXX to a compiler without -ffast-math and its like"
-        raise loader.reject(KernelError("the C++ kernels do not compute what they should", hint))
+        raise loader.reject("layers", KernelError("the C++ kernels do not compute what they should", hint))
 
 
 _check()
