@@ -1,9 +1,10 @@
 """The trunk of a model on packed rows, through transformers' attention interface.
 
 Recognized by asking, not by name: two groups go through the trunk padded and packed, and only a model that gives the
-same hidden states both ways is packed; as a trie where a kernel attends over one, else with each prompt once. How far a
-layer sees is asked in every forward pass: the model describes the mask that it wants, and one that hides anything from
-a plain causal view of the longest row (a sliding window, chunks) is refused there and then.
+same hidden states both ways is packed; as a trie where a kernel attends over one, else with each prompt once. A decoder
+of Llama's kind goes through the kernels layer by layer where they are faster (`grpoforge.fused_trunk`). How far a layer
+of another model sees is asked in every forward pass: the model describes the mask that it wants, and one that hides
+anything from a plain causal view of the longest row (a sliding window, chunks) is refused there and then.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from grpoforge import fused_trunk
 from grpoforge.errors import ModelError
 from grpoforge.packing import CannotShare, Packed, PromptsOnce, first_rows, num_plain_tokens
 from grpoforge.precision import Precision
@@ -123,7 +126,7 @@ class SharedPrefix:
         self.trunk = trunk
         self.precision = precision
         self.mode = mode
-        self.packing: type[Packed] | None = None
+        self.way: Way | None = None
         """How rows are packed; None until the model has been asked, and where it cannot be packed."""
         self._obstacle: str | None = None
         self._narrowest_refused: int | None = None
@@ -132,7 +135,7 @@ class SharedPrefix:
         """Why the model takes the plain way; empty when it can be packed. Asks the model once."""
         if self._obstacle is None:
             try:
-                self.packing = _choose(self.trunk, self.precision)
+                self.way = _choose(self.trunk, self.precision)
                 self._obstacle = ""
             except CannotShare as reason:
                 self._obstacle = str(reason)
@@ -153,13 +156,13 @@ class SharedPrefix:
         """
         if not self._is_possible(batch):
             return None
-        assert self.packing is not None
-        packed = self.packing.of(batch)
+        assert self.way is not None
+        packed = self.way.packing.of(batch)
         if not self._is_wanted(packed, batch):
             return None
         try:
             held.enter_context(_switched(self.trunk))
-            return _run(self.trunk, packed), packed.predicted_at
+            return self.way.run(self.trunk, packed), packed.predicted_at
         except CannotShare as reason:
             held.close()
             self._refuse(packed.longest, str(reason))
@@ -246,34 +249,54 @@ def packings(device: torch.device, dtype: torch.dtype) -> tuple[type[Packed], ..
     return (Trie, PromptsOnce) if has_kernel else (PromptsOnce,)
 
 
-def _choose(trunk: Any | None, precision: Precision) -> type[Packed]:
-    """The first packing that gives the hidden states of padded rows.
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How rows are packed, and what gives the hidden states ``[N, H]`` of packed rows."""
+
+    packing: type[Packed]
+    run: Callable[[Any, Any], Tensor] = _run
+
+
+def ways(trunk: Any, precision: Precision) -> list[Way]:
+    """How the rows of a model may be run, the best first."""
+    found = [Way(packing) for packing in packings(trunk.get_input_embeddings().weight.device, precision.computed)]
+    if found[0].packing is not Trie:
+        return found
+    reason = fused_trunk.obstacle(trunk, precision)
+    if reason is None:
+        return [Way(Trie, fused_trunk.hidden_states), *found]
+    logger.info("the update goes through the model's own layers: %s", reason)
+    return found
+
+
+def _choose(trunk: Any | None, precision: Precision) -> Way:
+    """The first way that gives the hidden states of padded rows.
 
     Raises:
-        CannotShare: none does; says why of the last, which asks the least of attention.
+        CannotShare: none does; says why of the last, which asks the least of the model.
     """
     if trunk is None:
         raise CannotShare("its head cannot be told from its trunk")
-    *better, last = packings(trunk.get_input_embeddings().weight.device, precision.computed)
-    for packing in better:
+    *better, last = ways(trunk, precision)
+    for way in better:
         try:
-            _probe(trunk, precision, packing)
-            return packing
+            _probe(trunk, precision, way)
+            return way
         except CannotShare as reason:
-            logger.info("rows are not packed as %s: %s", packing.__name__, reason)
+            logger.info("rows are not packed as %s: %s", way.packing.__name__, reason)
     _probe(trunk, precision, last)
     return last
 
 
 @torch.no_grad()
-def _probe(trunk: Any, precision: Precision, packing: type[Packed]) -> None:
+def _probe(trunk: Any, precision: Precision, way: Way) -> None:
     """Two groups, ragged, both ways.
 
     Raises:
         CannotShare: the two ways differ, or the packed one fails; says why.
     """
     batch = _probe_batch(trunk)
-    packed = packing.of(batch)
+    packed = way.packing.of(batch)
     mask = torch.cat([batch.prompt_mask, batch.completion_mask], dim=1)
     with precision.context(mask.device):
         plain = trunk(
@@ -284,7 +307,7 @@ def _probe(trunk: Any, precision: Precision, packing: type[Packed]) -> None:
         ).last_hidden_state
         try:
             with _switched(trunk):
-                found = _run(trunk, packed)[packed.predicted_at].float()
+                found = way.run(trunk, packed)[packed.predicted_at].float()
         except CannotShare:
             raise
         except Exception as error:  # the boundary: any model may come, and each may fail in its own way

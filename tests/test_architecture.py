@@ -23,7 +23,7 @@ MAX_FUNCTION_LINES = 60
 
 PUBLIC_API = {
     *("types", "errors", "declarations", "sanitize", "tracking", "collate", "policy", "precision", "distributed"),
-    *("data", "sources", "seeds"),
+    *("data", "sources", "seeds", "llama_kind"),
 }
 """Modules of grpoforge that a plugin may import, besides `from grpoforge import hookimpl`."""
 

@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.models.gemma2 import modeling_gemma2
 
-from grpoforge import shared_prefix
+from grpoforge import fused_trunk, shared_prefix
 from grpoforge.assembly import share_prefix
 from grpoforge.collate import collate
 from grpoforge.errors import ModelError
@@ -108,11 +108,13 @@ def wide_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modeling_gemma2.nn.functional, "softmax", softmax)
 
 
-@pytest.fixture(params=[Trie, PromptsOnce], ids=lambda packing: packing.__name__)
+@pytest.fixture(params=["fused", "trie", "prompts once"])
 def packing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[Packed]:
-    """Every packing in turn is the first to be asked for, in every dtype."""
-    first: type[Packed] = request.param
+    """Every packing in turn is the first to be asked for, in every dtype; a trie through fused layers too."""
+    first = PromptsOnce if request.param == "prompts once" else Trie
     monkeypatch.setattr(shared_prefix, "packings", lambda device, dtype: tuple(dict.fromkeys((first, PromptsOnce))))
+    if request.param != "fused":
+        monkeypatch.setattr(fused_trunk, "obstacle", lambda trunk, precision: "not in this test")
     return first
 
 
@@ -160,7 +162,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
-def compare(model: Any, batch: Batch, dtype: torch.dtype, micro: int = 1000) -> type[Packed] | None:
+def compare(model: Any, batch: Batch, dtype: torch.dtype, micro: int = 1000) -> shared_prefix.Way:
     """Log-probs, entropies and the gradient of every parameter, packed and plain; returns how it was packed."""
     tolerance = TOLERANCES[dtype]
     ways = {mode: CausalForward(model, Precision(dtype), mode) for mode in ("on", "off")}  # type: ignore[arg-type]
@@ -186,16 +188,25 @@ def compare(model: Any, batch: Batch, dtype: torch.dtype, micro: int = 1000) -> 
     largest = max(float(one.abs().max()) for one in found["off"][1])
     for one, other in zip(found["on"][1], found["off"][1], strict=True):
         assert float((one - other).abs().max()) <= tolerance * max(float(other.abs().max()), 1e-2 * largest)
-    return ways["on"].prefix.packing
+    way = ways["on"].prefix.way
+    assert way is not None
+    return way
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_log_probs_and_every_gradient_are_those_of_padded_rows(
-    family: str, dtype: torch.dtype, packing: type[Packed], make_rollouts: Callable[..., Rollouts]
+    family: str,
+    dtype: torch.dtype,
+    packing: type[Packed],
+    make_rollouts: Callable[..., Rollouts],
+    request: pytest.FixtureRequest,
 ) -> None:
     found = compare(make(family, dtype), ragged(make_rollouts, 4), dtype)
-    assert found is (PromptsOnce if family == "gemma2" else packing), "the scores of Gemma 2 have a cap"
+    assert found.packing is (PromptsOnce if family == "gemma2" else packing), "the scores of Gemma 2 have a cap"
+    has_kernels = family in ("llama", "qwen2", "qwen3") and dtype == torch.float32
+    is_fused = has_kernels and request.node.callspec.params["packing"] == "fused"
+    assert found.run is (fused_trunk.hidden_states if is_fused else shared_prefix._run)
 
 
 @every_packing
@@ -423,7 +434,7 @@ def test_under_autocast(make_rollouts: Callable[..., Rollouts]) -> None:
 def test_a_run_notes_why_it_does_not_share_or_refuses_to_start(
     tiny_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def probe(trunk: Any, precision: Precision, packing: type[Packed]) -> None:
+    def probe(trunk: Any, precision: Precision, way: shared_prefix.Way) -> None:
         raise CannotShare("its attention is not plain: s_aux")
 
     policy = tiny_policy()

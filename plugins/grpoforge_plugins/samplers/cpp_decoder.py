@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from grpoforge import llama_kind
 from grpoforge.errors import ModelError
 from grpoforge.types import PolicyView
 from grpoforge_kernels import decode as kernel
 from grpoforge_plugins.samplers.requests import PATIENCE, Decoder, Drawn, Requests
-
-FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
-"""Rotary embeddings whose angles do not depend on how long a text is."""
 
 
 class CppDecoder(Decoder):
@@ -32,10 +29,8 @@ class CppDecoder(Decoder):
         self._pack(policy)
         assert self._packed is not None
         lengths = torch.tensor([len(prompt) for prompt in requests.prompts])
-        rotary = _causal(policy.model).model.rotary_emb
-        positions = torch.arange(int(lengths.max()) + requests.max_tokens)[None]
-        with torch.no_grad():
-            cosine, sine = rotary(torch.zeros(1), positions)
+        trunk = _causal(policy.model).model
+        cosine, sine = llama_kind.rotary_tables(trunk, int(lengths.max()) + requests.max_tokens)
         prompts = kernel.Prompts(
             tokens=torch.tensor([token for prompt in requests.prompts for token in prompt]),
             ends=lengths.cumsum(dim=0),
@@ -53,7 +48,7 @@ class CppDecoder(Decoder):
             min_p=requests.cuts.min_p,
         )
         look = None if requests.ended is None else _look(requests)
-        return Drawn(*self._packed.decode(cosine[0], sine[0], prompts, limits, look, PATIENCE))
+        return Drawn(*self._packed.decode(cosine, sine, prompts, limits, look, PATIENCE))
 
     def _pack(self, policy: PolicyView) -> None:
         """Nothing, where the weights are those of the last time: torch counts what is written into a tensor."""
@@ -101,21 +96,10 @@ def _foreign_numbers(policy: PolicyView) -> str | None:
 
 def _foreign_parts(causal: Any) -> str | None:
     """What a model of another kind has that those of this kind have not."""
-    config, trunk = causal.config, getattr(causal, "model", None)
-    if config.model_type not in ("llama", "qwen2", "qwen3", "mistral"):
-        return f"it is a {config.model_type} model"
-    if config.hidden_act != "silu":
-        return f"its activation is {config.hidden_act}"
-    rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rotation not in FIXED_ROTATIONS:
-        return f"its rotary embedding is {rotation}"
-    kinds = set(getattr(config, "layer_types", None) or ())
-    window = getattr(config, "sliding_window", None) if not hasattr(config, "layer_types") else None
-    if kinds - {"full_attention"} or window:
-        return "it attends to a sliding window"
-    if trunk is None or _has_foreign_adapter(causal):
-        return "it has an adapter other than LoRA on its linear layers"
-    return None
+    reason = llama_kind.obstacle(causal.config)
+    if reason is None and (getattr(causal, "model", None) is None or _has_foreign_adapter(causal)):
+        reason = "it has an adapter other than LoRA on its linear layers"
+    return reason
 
 
 def _has_foreign_adapter(causal: Any) -> bool:
@@ -131,48 +115,17 @@ def weights_of(model: Any) -> kernel.ModelWeights:
     """The weights of a model that passed `check`, by what they do; adapters are merged into a copy."""
     causal = _causal(model)
     config, trunk = causal.config, causal.model
-    heads = config.num_attention_heads
     return kernel.ModelWeights(
-        layers=_layers(trunk),
+        layers=(llama_kind.layer_weights(layer, _weight) for layer in trunk.layers),
         embedding=trunk.embed_tokens.weight,
         norm=trunk.norm.weight,
         head=_weight(causal.lm_head),
-        head_bias=_bias(causal.lm_head),
-        heads=heads,
+        head_bias=llama_kind.bias_of(causal.lm_head),
+        heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        head_size=llama_kind.head_size(config),
         eps=config.rms_norm_eps,
     )
-
-
-def _layers(trunk: Any) -> Iterator[kernel.LayerWeights]:
-    for layer in trunk.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        biases = [bias for one in projections if (bias := _bias(one)) is not None]
-        yield kernel.LayerWeights(
-            norm=layer.input_layernorm.weight,
-            q=_weight(attention.q_proj),
-            k=_weight(attention.k_proj),
-            v=_weight(attention.v_proj),
-            qkv_bias=torch.cat(biases) if biases else None,
-            q_norm=_norm(attention, "q_norm"),
-            k_norm=_norm(attention, "k_norm"),
-            out=_weight(attention.o_proj),
-            out_bias=_bias(attention.o_proj),
-            mlp_norm=layer.post_attention_layernorm.weight,
-            gate=_weight(mlp.gate_proj),
-            up=_weight(mlp.up_proj),
-            gate_bias=_bias(mlp.gate_proj),
-            up_bias=_bias(mlp.up_proj),
-            down=_weight(mlp.down_proj),
-            down_bias=_bias(mlp.down_proj),
-        )
-
-
-def _norm(attention: Any, name: str) -> Tensor | None:
-    norm = getattr(attention, name, None)
-    return None if norm is None else norm.weight
 
 
 def _weight(linear: Any) -> Tensor:
@@ -182,8 +135,3 @@ def _weight(linear: Any) -> Tensor:
         if name in linear.lora_A:
             weight = weight + linear.get_delta_weight(name)
     return weight
-
-
-def _bias(linear: Any) -> Tensor | None:
-    bias: Tensor | None = getattr(linear, "base_layer", linear).bias
-    return bias
