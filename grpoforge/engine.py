@@ -270,11 +270,15 @@ class Engine:
         return (entropy >= threshold * (1 - 1e-5)).to(entropy.dtype)
 
     def minibatches(self, num_rows: int, seed: int) -> Iterator[Tensor]:
-        """Rows of each optimizer step: ``epochs`` passes, each in an order of its own drawn from ``seed``."""
+        """Rows of each optimizer step: ``epochs`` passes over the groups, each in an order of its own from ``seed``.
+
+        Rows of a group stand together, because they share work.
+        """
         generator = torch.Generator().manual_seed(seed)
         size = self.algorithm.minibatch_size // self.workers.size
+        groups = torch.arange(num_rows).view(-1, self.algorithm.drawing.group_size)
         for _ in range(self.algorithm.epochs):
-            order = torch.randperm(num_rows, generator=generator)
+            order = groups[torch.randperm(len(groups), generator=generator)].flatten()
             yield from (order[rows].sort().values for rows in split(num_rows, size))
 
     def update(self, batch: Batch, frozen: Frozen, max_completion_length: int, meter: Meter) -> None:

@@ -295,6 +295,17 @@ def test_each_row_is_used_once_per_epoch(
     assert parts != [part.tolist() for part in engine.minibatches(12, seed=6)]
 
 
+@pytest.mark.parametrize("minibatch_size", [4, 6])
+def test_groups_stay_together_in_minibatches(
+    minibatch_size: int, tiny_policy: Callable[..., Policy], make_engine: Callable[..., Engine]
+) -> None:
+    engine = make_engine(tiny_policy(), epochs=2, minibatch_size=minibatch_size, group_size=2)
+    for part in engine.minibatches(12, seed=5):
+        rows = part.tolist()
+        assert rows == [row for first in rows[::2] for row in (first, first + 1)]
+        assert all(first % 2 == 0 for first in rows[::2])
+
+
 @pytest.mark.parametrize(("epochs", "minibatch_size", "updates"), [(1, 6, 1), (1, 2, 3), (3, 6, 3), (2, 3, 4)])
 def test_number_of_optimizer_steps(
     epochs: int,
