@@ -59,6 +59,12 @@ def bfloat16_products() -> ModuleType | None:
     return module if isinstance(module, ModuleType) and module.is_native() else None
 
 
+def bfloat16_sweeps() -> ModuleType | None:
+    """What sweeps over a bfloat16 head in one pass on this CPU, where `bfloat16_products` are in use; else None."""
+    module = None if bfloat16_products() is None else _module("cpp", "linear")
+    return module if isinstance(module, ModuleType) else None
+
+
 def refuse(name: str, reason: str) -> None:
     """Stop using the backend ``name`` in this process, because of ``reason``: it failed its certification."""
     _refused[name] = reason

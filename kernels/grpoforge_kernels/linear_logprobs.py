@@ -7,8 +7,9 @@ an expectation instead, and the backward is a row scaling: :math:`4NHV`. For los
 
 With :math:`g, h, l` the derivatives of the loss by log-prob, entropy and logsumexp, the gradient of the scores is that
 of `grpoforge_kernels.reference.selective_log_softmax`; rows where all three are 0, and masked rows, are left out of
-every product. The products are torch's and the row kernels are those of ``selective_log_softmax``, so there is no C++
-and no Triton for this operation alone.
+every product. The products are torch's and the row kernels are those of ``selective_log_softmax``. For bfloat16 on CPUs
+that multiply it, `grpoforge_kernels.cpp.linear` does the same in one pass, within the same memory: without a softcap,
+for at most 2048 rows. A frozen head then costs three products too, all in the forward.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpoforge_kernels import dispatch
 from grpoforge_kernels.errors import KernelError
 from grpoforge_kernels.linear_panels import (
     ACCELERATOR_CHUNK_BYTES,
@@ -80,7 +82,8 @@ def linear_logprobs(
         mask: ``[N]`` bool; rows where it is False are not read, and give 0 and gradient 0.
         softcap: logits ``x = scale * (...)`` become ``softcap * tanh(x / softcap)``.
         scale: factor on the logits.
-        chunk_bytes: what a panel of the vocabulary may take; by default 16 MiB on a CPU (its cache), else 512 MiB.
+        chunk_bytes: what a panel of the vocabulary may take; by default 16 MiB for 8 threads of a CPU
+            (their cache), else 512 MiB.
         skip_zero_rows: False computes also what is multiplied by 0, to measure what skipping saves.
 
     Returns:
@@ -103,8 +106,10 @@ def linear_logprobs(
 
 
 def default_chunk_bytes(device: torch.device) -> int:
-    """What a panel may take when the caller does not say."""
-    return CPU_CHUNK_BYTES if device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
+    """What a panel may take when the caller does not say; more than 8 threads of a CPU have more cache."""
+    if device.type != "cpu":
+        return ACCELERATOR_CHUNK_BYTES
+    return CPU_CHUNK_BYTES * max(1, torch.get_num_threads() // 8)
 
 
 def peak_extra_bytes(hidden: Tensor, weight: Tensor, *, chunk_bytes: int | None = None, chunk_rows: int = 0) -> int:
@@ -209,11 +214,10 @@ def _op(
     if index is not None:
         rows = rows.take(index)
     rows = rows._replace(hidden=rows.hidden.to(head.operand))
-    expectation = Expectation(head, len(rows.ids)) if frozen else None
-    stats = forward(head, rows, Sweep(head, len(rows.ids), chunk_bytes), expectation=expectation)
+    stats, expectation = _forward(head, rows, chunk_bytes, frozen)
     kept = hidden.new_empty((0, hidden.shape[1]), dtype=head.wide)
     if expectation is not None:
-        kept = spread(expectation.values.div_(stats.total[:, None]), index, num_rows)
+        kept = spread(expectation, index, num_rows)
     stats = _spread_stats(stats, index, num_rows)
     tokens = finish(stats, inv_temperature)
     return (*tokens, torch.stack(stats), kept)
@@ -258,15 +262,53 @@ def _op_backward(
         gradient = _scaled_expectation(head, rows, row_stats, upstream, logprobs, expectation)
         return spread(gradient.to(hidden.dtype), index, len(ids)), weight.new_empty(0), weight.new_empty(0)
     rows = rows._replace(hidden=rows.hidden.to(head.operand))
-    into = Gradients(head, needs, len(rows.ids), weight.dtype)
-    backward(head, rows, row_stats, upstream, into, Sweep(head, len(rows.ids), chunk_bytes))
-    into.finish()
+    by_hidden, by_weight, by_bias = _backward(head, rows, row_stats, upstream, needs, chunk_bytes)
     nothing = weight.new_empty(0)
     return (
-        nothing if into.hidden is None else spread(into.hidden.to(hidden.dtype), index, len(ids)),
-        nothing.clone() if into.weight is None else into.weight,
-        nothing.clone() if into.bias is None or bias is None else into.bias.to(bias.dtype),
+        nothing if by_hidden is None else spread(by_hidden.to(hidden.dtype), index, len(ids)),
+        nothing.clone() if by_weight is None else by_weight,
+        nothing.clone() if by_bias is None or bias is None else by_bias.to(bias.dtype),
     )
+
+
+def _sweeps(head: Head, rows: Rows, chunk_bytes: int) -> Any:
+    """The same in one pass of C++, where it is there for these; None where panels are multiplied one by one."""
+    module = dispatch.bfloat16_sweeps() if head.operand == torch.bfloat16 and head.weight.device.type == "cpu" else None
+    is_plain = head.softcap is None and head.weight.stride(1) == 1
+    if module is None or not is_plain or not 0 < len(rows.ids) <= module.MOST_ROWS:
+        return None
+    sweeps = module.Sweeps(head.weight, head.bias, head.scale, rows, chunk_bytes)
+    return sweeps if sweeps.room_bytes() <= chunk_bytes else None
+
+
+def _forward(head: Head, rows: Rows, chunk_bytes: int, frozen: bool) -> tuple[RowStats, Tensor | None]:
+    """The statistics ``[N]`` and, for a frozen head, what makes its backward a row scaling, ``[N, H]``."""
+    sweeps = _sweeps(head, rows, chunk_bytes)
+    if sweeps is None:
+        expectation = Expectation(head, len(rows.ids)) if frozen else None
+        stats = forward(head, rows, Sweep(head, len(rows.ids), chunk_bytes), expectation=expectation)
+        return stats, None if expectation is None else expectation.values.div_(stats.total[:, None])
+    stats = sweeps.forward()
+    if not frozen:
+        return stats, None
+    # Its gradient by logits is p - 1[v = y] p_y: that of the logsumexp, less the chosen token's.
+    chosen = finish(stats, rows.inv_temperature).logprobs.exp()
+    expectation, *_ = sweeps.backward(stats, (-chosen, torch.zeros_like(chosen), 1 - chosen), (True, False, False))
+    return stats, expectation
+
+
+def _backward(
+    head: Head, rows: Rows, stats: RowStats, upstream: Upstream, needs: Sequence[bool], chunk_bytes: int
+) -> Sequence[Tensor | None]:
+    """Gradients for hidden and bias, wide, and for the weight in its dtype; None where not needed."""
+    sweeps = _sweeps(head, rows, chunk_bytes)
+    if sweeps is not None:
+        found: Sequence[Tensor | None] = sweeps.backward(stats, upstream, needs)
+        return found
+    into = Gradients(head, needs, len(rows.ids), head.weight.dtype)
+    backward(head, rows, stats, upstream, into, Sweep(head, len(rows.ids), chunk_bytes))
+    into.finish()
+    return into.hidden, into.weight, into.bias
 
 
 def _scaled_expectation(

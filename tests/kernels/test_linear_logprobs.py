@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from grpoforge_kernels import dispatch, linear_panels
+from grpoforge_kernels import linear_logprobs as linear_logprobs_module
 from grpoforge_kernels.bench.accuracy import BOUNDS
 from grpoforge_kernels.bench.problems import TORCH_DTYPES
 from grpoforge_kernels.errors import KernelError
@@ -295,6 +296,88 @@ def test_bfloat16_products_are_summed_in_float32(num_rows: int, num_columns: int
             assert torch.equal(alone, out[-1:])
             multiply(left, other, out, add=True)
             assert error(out, 2 * exact) < 2e-6
+
+
+def sweeping(c: Case, by: int, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Results]:
+    """`by_panels` in one pass of C++, which must be what runs, multiplying by what is named."""
+    module, swept = dispatch.bfloat16_sweeps(), []
+    kind, backward = module.products.kind, module.Sweeps.backward
+    monkeypatch.setattr(module.products, "kind", lambda: by)
+    monkeypatch.setattr(module.Sweeps, "backward", lambda *given: swept.append(1) or backward(*given))
+
+    def run(**options: bool) -> Results:
+        swept.clear()
+        found = by_panels(c, chunk_bytes=2**24, **options)
+        assert len(c.ids) == 1 or bool(swept) == (c.softcap is None)
+        return found
+
+    assert kind() >= by
+    return run
+
+
+@pytest.mark.skipif(not HAS_PRODUCTS, reason="the CPU has no bfloat16 products")
+@pytest.mark.parametrize("by", product_kinds())
+@pytest.mark.parametrize("shape", [(45, 300, 24), (1, 1, 1), (33, 1500, 70), (64, 1024, 96)], ids=str)
+def test_one_pass_equals_the_oracle(shape: tuple[int, int, int], by: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_rows, vocab_size, hidden_size = shape
+    for variant in VARIANTS.values():
+        c = variant(case(num_rows, vocab_size, torch.bfloat16, hidden_size))
+        if vocab_size == 1:
+            c = replace(c, coefficients=c.coefficients * torch.tensor([[0.0], [0.0], [1.0]]))
+        run, expected = sweeping(c, by, monkeypatch), oracle(c)
+        for options in ({}, {"frozen": True}):
+            assert_close(run(**options), expected, BOUND[torch.bfloat16])
+        assert_close(by_panels(c, chunk_bytes=2**24, skip_zero_rows=False), expected, BOUND[torch.bfloat16])
+    c = nearly_certain(torch.bfloat16)
+    run, expected = sweeping(c, by, monkeypatch), oracle(c)
+    for frozen in (False, True):
+        assert_close(run(frozen=frozen), expected, BOUND[torch.bfloat16])
+
+
+@pytest.mark.skipif(not HAS_PRODUCTS, reason="the CPU has no bfloat16 products")
+def test_one_pass_gives_the_same_bits_on_any_number_of_threads() -> None:
+    c = case(70, 5000, torch.bfloat16, 64)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            found.append(by_panels(c, chunk_bytes=2**24))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        for one, same in zip((*found[0][0], *found[0][1]), (*other[0], *other[1]), strict=True):
+            assert torch.equal(one, same)
+
+
+@pytest.mark.skipif(not HAS_PRODUCTS, reason="the CPU has no bfloat16 products")
+def test_one_pass_keeps_to_its_room_or_leaves_it_to_panels() -> None:
+    module = dispatch.bfloat16_sweeps()
+    weight = torch.zeros(151_936, 896, dtype=torch.bfloat16)
+    rows = torch.zeros(512, 896, dtype=torch.bfloat16), torch.zeros(512, dtype=torch.int64), torch.ones(512)
+    wide, narrow, least = (module.Sweeps(weight, None, 1.0, rows, size).room_bytes() for size in (2**24, 3 * 2**20, 1))
+    assert least < narrow <= 3 * 2**20 < wide <= 2**24
+    head = linear_panels.Head(weight, None, None, 1.0)
+    assert linear_logprobs_module._sweeps(head, linear_panels.Rows(*rows), 3 * 2**20) is not None
+    assert linear_logprobs_module._sweeps(head, linear_panels.Rows(*rows), least - 1) is None
+
+
+@pytest.mark.skipif(not HAS_PRODUCTS, reason="the CPU has no bfloat16 products")
+def test_one_pass_bans_tokens_and_leaves_what_is_not_a_number_in_its_row() -> None:
+    c = case(9, 700, torch.bfloat16)
+    assert c.bias is not None
+    bias = c.bias.clone()
+    bias[:600] = -math.inf
+    c = replace(c, bias=bias, ids=c.ids % 100 + 600)
+    expected = oracle(c)
+    for frozen in (False, True):
+        stats, gradients = by_panels(c, chunk_bytes=2**24, frozen=frozen)
+        torch.testing.assert_close(stats.entropy.double(), expected[0].entropy, rtol=1e-5, atol=1e-5)
+        assert error(gradients[0], expected[1][0]) < BOUND[torch.bfloat16]
+    c.hidden[2] = math.nan
+    for frozen in (False, True):
+        stats, gradients = by_panels(c, chunk_bytes=2**24, frozen=frozen)
+        assert stats.logprobs.isnan().tolist() == [row == 2 for row in range(9)]
+        assert gradients[0].isnan().any(dim=1).tolist() == [row == 2 for row in range(9)]
 
 
 @pytest.mark.skipif(not HAS_PRODUCTS, reason="the CPU has no bfloat16 products")

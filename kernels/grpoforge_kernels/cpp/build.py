@@ -35,7 +35,7 @@ class Library:
 
 
 LIBRARIES = {
-    "losses": Library(("grpo_loss", "products", "selective_log_softmax")),
+    "losses": Library(("grpo_loss", "linear", "products", "selective_log_softmax")),
     "decode": Library(("decode", "decode_arithmetic"), "completions are decoded by the model's own forward pass"),
     "layers": Library(("decoder_layer", "tree_attention"), "the model's own layers, which compute the same, are used"),
 }

@@ -96,8 +96,9 @@ INLINE void load_part(const GrpoTokens& tokens, int64_t row, int64_t column, int
     for (int64_t i = 0; i < n; i++) kept[i] = mask[i];
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
-        const double weight = weights[i];
-        block.weights[at + i] = (mask[i] != 0) & (weight > 0.0) ? weight : 0.0;
+        const double weight = weights[i], counted = (mask[i] != 0) & (weight > 0.0) ? weight : 0.0;
+        block.weights[at + i] = counted;
+        block.weights32[at + i] = static_cast<float>(counted);
     }
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
@@ -130,6 +131,7 @@ INLINE void load_block(const GrpoTokens& tokens, int64_t start, int64_t n, Block
         std::memset(block.ref_difference + n, 0, static_cast<size_t>(BLOCK - n) * sizeof(float));
         std::memset(block.advantages + n, 0, static_cast<size_t>(BLOCK - n) * sizeof(float));
         std::memset(block.weights + n, 0, static_cast<size_t>(BLOCK - n) * sizeof(double));
+        std::memset(block.weights32 + n, 0, static_cast<size_t>(BLOCK - n) * sizeof(float));
     }
     int64_t row = start / tokens.num_columns, column = start % tokens.num_columns;
     for (int64_t at = 0; at < n; row++, column = 0) {
@@ -137,8 +139,6 @@ INLINE void load_block(const GrpoTokens& tokens, int64_t start, int64_t n, Block
         load_part(tokens, row, column, part, at, block);
         at += part;
     }
-#pragma omp simd
-    for (int64_t i = 0; i < BLOCK; i++) block.weights32[i] = static_cast<float>(block.weights[i]);
 }
 
 struct Term {

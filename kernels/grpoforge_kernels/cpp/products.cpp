@@ -1,216 +1,15 @@
 // Products of bfloat16 matrices with float32 sums. torch has none on a CPU: its bfloat16 product rounds the result to
 // bfloat16.
 //
-// Both factors are packed in tiles of 16 x 32 numbers, zeros behind the edges: a row of a is 32 neighbors along the depth;
-// a row of b is a pair of neighbors along the depth for each of 16 columns. Such tiles are what AMX multiplies, and what
-// AVX512_BF16 multiplies one register at a time. A strip of columns of b is packed by the thread that multiplies it and
-// stays in L2 while all of a passes over it. Every number of the result is summed in one order, so it depends neither on
-// the number of threads nor on the rows beside it.
-#include "rows.h"
+// A strip of columns of b is packed by the thread that multiplies it and stays in L2 while all of a passes over it. Every
+// number of the result is summed in one order, so it depends neither on the number of threads nor on the rows beside it.
+#include "tiles.h"
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && !defined(GRPOFORGE_PLAIN)
-#define HAS_PRODUCT 1
-#include <cstdlib>
-#include <sys/syscall.h>
-#include <unistd.h>
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+#ifdef HAS_PRODUCT
 
 namespace {
 
-constexpr int64_t LANES = 16, DEPTH = 2 * LANES, TILE = LANES * DEPTH, BLOCK = 2 * LANES;
 constexpr int64_t STRIP = 4 * BLOCK, MOST_DEPTH = 2048;  // of b, packed at a time: 512 KiB at most
-
-typedef float Floats __attribute__((vector_size(64)));
-typedef uint32_t Pairs __attribute__((vector_size(64)));  // of bfloat16
-typedef uint16_t Halves __attribute__((vector_size(32)));
-
-enum Kind : int32_t { NONE = 0, AVX512 = 1, AMX = 2 };
-
-struct Matrix {
-    const void* data;
-    int64_t row, column;  // strides in elements; one of them is 1
-    bool is_float32;      // rounded to bfloat16 when it is packed
-};
-
-INLINE Halves rounded(Floats x) {
-    Halves halves;
-    __asm__("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(x));
-    return halves;
-}
-
-INLINE uint16_t element(const Matrix& m, int64_t i, int64_t k) {
-    const int64_t at = i * m.row + k * m.column;
-    if (!m.is_float32) return static_cast<const uint16_t*>(m.data)[at];
-    return rounded(Floats{} + static_cast<const float*>(m.data)[at])[0];
-}
-
-// 16 neighbors from element `at` on.
-INLINE Halves neighbors(const Matrix& m, int64_t at) {
-    if (m.is_float32) {
-        Floats x;
-        std::memcpy(&x, static_cast<const float*>(m.data) + at, sizeof x);
-        return rounded(x);
-    }
-    Halves halves;
-    std::memcpy(&halves, static_cast<const uint16_t*>(m.data) + at, sizeof halves);
-    return halves;
-}
-
-INLINE Pairs wide(Halves x) { return __builtin_convertvector(x, Pairs); }
-
-// Exchanges the blocks of `size` lanes off the diagonal of each pair of registers; sizes 8, 4, 2, 1 transpose 16 x 16.
-template <int size>
-INLINE void exchange(Pairs* rows) {
-    Pairs low, high;
-    for (uint32_t lane = 0; lane < LANES; lane++) {
-        low[lane] = lane & size ? LANES + lane - size : lane;
-        high[lane] = lane & size ? LANES + lane : lane + size;
-    }
-#pragma GCC unroll 16
-    for (int at = 0; at < LANES; at++) {
-        if (at & size) continue;
-        const Pairs a = rows[at], b = rows[at + size];
-        rows[at] = __builtin_shuffle(a, b, low);
-        rows[at + size] = __builtin_shuffle(a, b, high);
-    }
-}
-
-INLINE void transpose(Pairs* rows) {
-    exchange<8>(rows);
-    exchange<4>(rows);
-    exchange<2>(rows);
-    exchange<1>(rows);
-}
-
-// 16 lines of 32 neighbors along the depth, lines apart by m.row: a tile of a, or a tile of b transposed.
-INLINE void read_lines(const Matrix& m, int64_t at, Pairs* rows) {
-#pragma GCC unroll 16
-    for (int line = 0; line < LANES; line++) {
-        const Halves halves[2] = {neighbors(m, at + line * m.row), neighbors(m, at + line * m.row + LANES)};
-        std::memcpy(&rows[line], halves, 64);
-    }
-}
-
-// 32 lines of 16 neighbors, lines apart along the depth by m.column: pairs of lines are a tile of b, or one of a transposed.
-INLINE void read_pairs(const Matrix& m, int64_t at, Pairs* rows) {
-#pragma GCC unroll 16
-    for (int pair = 0; pair < LANES; pair++) {
-        const int64_t even = at + 2 * pair * m.column;
-        rows[pair] = wide(neighbors(m, even)) | wide(neighbors(m, even + m.column)) << 16;
-    }
-}
-
-// The tile at line i (a row of a, a column of b) and depth k; `lines` and `depth` are what is left from there. `is_paired`:
-// in the order of b.
-__attribute__((noinline)) void pack_tile(
-    const Matrix& m, int64_t i, int64_t k, int64_t lines, int64_t depth, bool is_paired, uint16_t* tile) {
-    if (lines >= LANES && depth >= DEPTH) {
-        const int64_t at = i * m.row + k * m.column;
-        Pairs rows[LANES];
-        const bool is_deep = m.column == 1;
-        is_deep ? read_lines(m, at, rows) : read_pairs(m, at, rows);
-        if (is_deep == is_paired) transpose(rows);
-        std::memcpy(tile, rows, sizeof rows);
-        return;
-    }
-    std::memset(tile, 0, TILE * sizeof *tile);
-    for (int64_t line = 0; line < lines && line < LANES; line++)
-        for (int64_t d = 0; d < depth && d < DEPTH; d++)
-            tile[is_paired ? d / 2 * DEPTH + 2 * line + d % 2 : line * DEPTH + d] = element(m, i + line, k + d);
-}
-
-// All tiles along the depth of 16 lines, one after the other.
-void pack_lines(const Matrix& m, int64_t i, int64_t num_lines, int64_t depth, bool is_paired, uint16_t* packed) {
-    for (int64_t k = 0; k < depth; k += DEPTH)
-        pack_tile(m, i, k, num_lines - i, depth - k, is_paired, packed + k / DEPTH * TILE);
-}
-
-struct alignas(64) TileShapes {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// The sums of a block of 32 x 32, or what they add to; a and b are two times `num_tiles` tiles each.
-void block_amx(const uint16_t* a, const uint16_t* b, int64_t num_tiles, float* sums, int64_t sums_row, bool add) {
-    const int64_t next = num_tiles * TILE, bytes = sums_row * int64_t{sizeof(float)};
-    float* const below = sums + LANES * sums_row;
-    if (add)
-        __asm__ volatile(
-            "tileloadd (%0,%4,1), %%tmm0\n\ttileloadd (%1,%4,1), %%tmm1\n\t"
-            "tileloadd (%2,%4,1), %%tmm2\n\ttileloadd (%3,%4,1), %%tmm3"
-            ::"r"(sums), "r"(sums + LANES), "r"(below), "r"(below + LANES), "r"(bytes) : "memory");
-    else
-        __asm__ volatile("tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3" ::);
-    for (int64_t at = 0; at < next; at += TILE)
-        __asm__ volatile(
-            "tileloadd (%0,%4,1), %%tmm4\n\ttileloadd (%2,%4,1), %%tmm6\n\ttdpbf16ps %%tmm6, %%tmm4, %%tmm0\n\t"
-            "tileloadd (%3,%4,1), %%tmm7\n\ttdpbf16ps %%tmm7, %%tmm4, %%tmm1\n\t"
-            "tileloadd (%1,%4,1), %%tmm5\n\ttdpbf16ps %%tmm6, %%tmm5, %%tmm2\n\ttdpbf16ps %%tmm7, %%tmm5, %%tmm3"
-            ::"r"(a + at), "r"(a + next + at), "r"(b + at), "r"(b + next + at), "r"(int64_t{64}) : "memory");
-    __asm__ volatile(
-        "tilestored %%tmm0, (%0,%4,1)\n\ttilestored %%tmm1, (%1,%4,1)\n\t"
-        "tilestored %%tmm2, (%2,%4,1)\n\ttilestored %%tmm3, (%3,%4,1)"
-        ::"r"(sums), "r"(sums + LANES), "r"(below), "r"(below + LANES), "r"(bytes) : "memory");
-}
-
-void block_avx512(const uint16_t* a, const uint16_t* b, int64_t num_tiles, float* sums, int64_t sums_row, bool add) {
-    constexpr int ROWS = 8;
-    const int64_t next = num_tiles * TILE;
-    for (int64_t row = 0; row < BLOCK; row += ROWS) {
-        const uint16_t* const lines = a + row / LANES * next + row % LANES * DEPTH;
-        Floats found[ROWS][2] = {};
-        if (add)
-            for (int r = 0; r < ROWS; r++) std::memcpy(found[r], sums + (row + r) * sums_row, sizeof found[r]);
-        for (int64_t at = 0; at < next; at += TILE)
-            for (int64_t pair = 0; pair < LANES; pair++) {
-                Pairs left, right;
-                std::memcpy(&left, b + at + pair * DEPTH, 64);
-                std::memcpy(&right, b + next + at + pair * DEPTH, 64);
-#pragma GCC unroll 8
-                for (int r = 0; r < ROWS; r++) {
-                    uint32_t value;
-                    std::memcpy(&value, lines + at + r * DEPTH + 2 * pair, 4);
-                    const Pairs both = Pairs{} + value;
-                    __asm__("vdpbf16ps %2, %1, %0" : "+v"(found[r][0]) : "v"(both), "v"(left));
-                    __asm__("vdpbf16ps %2, %1, %0" : "+v"(found[r][1]) : "v"(both), "v"(right));
-                }
-            }
-        for (int r = 0; r < ROWS; r++) std::memcpy(sums + (row + r) * sums_row, found[r], sizeof found[r]);
-    }
-}
-
-struct Result {
-    void* data;
-    int64_t row;  // stride in elements
-    bool is_float32, add;
-};
-
-// Writes the part of a block that is inside the result, `rows` x `columns` from row i and column n on.
-void write(const float* sums, const Result& c, int64_t i, int64_t n, int64_t rows, int64_t columns) {
-    for (int64_t row = 0; row < rows; row++, sums += BLOCK) {
-        const int64_t at = (i + row) * c.row + n;
-        for (int64_t column = 0; column < columns; column += LANES) {
-            const auto count = static_cast<size_t>(columns - column < LANES ? columns - column : LANES);
-            Floats sum, before = {};
-            std::memcpy(&sum, sums + column, sizeof sum);
-            if (!c.is_float32) {
-                const Halves halves = rounded(sum);
-                std::memcpy(static_cast<uint16_t*>(c.data) + at + column, &halves, 2 * count);
-                continue;
-            }
-            float* const to = static_cast<float*>(c.data) + at + column;
-            if (c.add) std::memcpy(&before, to, 4 * count);
-            sum += before;
-            std::memcpy(to, &sum, 4 * count);
-        }
-    }
-}
-
-int64_t tiles_of(int64_t number, int64_t size) { return (number + size - 1) / size; }
-
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 uint16_t* lines_for(int64_t number, int64_t num_tiles) {
     return static_cast<uint16_t*>(std::aligned_alloc(64, static_cast<size_t>(number * num_tiles * TILE) * sizeof(uint16_t)));
@@ -237,9 +36,9 @@ struct Product {
                 const int64_t rows = smaller(num_rows - i, BLOCK), columns = smaller(end - column, BLOCK);
                 if (c.is_float32 && rows == BLOCK && columns == BLOCK) {
                     float* const to = static_cast<float*>(c.data) + i * c.row + column;
-                    block(left + i / LANES * line, packed, num_tiles(), to, c.row, c.add);
+                    block(left + i / LANES * line, packed, line, num_tiles(), to, c.row, c.add);
                 } else {
-                    block(left + i / LANES * line, packed, num_tiles(), sums, BLOCK, false);
+                    block(left + i / LANES * line, packed, line, num_tiles(), sums, BLOCK, false);
                     write(sums, c, i, column, rows, columns);
                 }
             }

@@ -64,12 +64,17 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool, by: int | None = N
     assert out.dtype == torch.float32 or (not add and rounds_once(depth))
     if depth == 0 and not add:
         out.zero_()
-    threads = torch.get_num_threads() if num_rows * num_columns * depth >= SMALL else 1
     _product(
         kind() if by is None else by,
         a.data_ptr(), a.dtype == torch.float32, *_strides(a), b.data_ptr(), *_strides(b), num_rows, num_columns, depth,
-        out.data_ptr(), out.dtype == torch.float32, out.stride(0), add, threads,
+        out.data_ptr(), out.dtype == torch.float32, out.stride(0), add,
+        num_threads(num_rows * num_columns * depth),
     )  # fmt: skip
+
+
+def num_threads(multiplications: int) -> int:
+    """How many threads share a product."""
+    return torch.get_num_threads() if multiplications >= SMALL else 1
 
 
 def _strides(matrix: Tensor) -> tuple[int, int]:

@@ -53,4 +53,20 @@ struct Gradient {
     float maximum, k, a, c, spike;
 };
 
+// Where g, h and l are the derivatives by log-prob, entropy and logsumexp: s p (b + c ln p) with p = e / S and
+// ln p = d ln 2 - ln S.
+INLINE Gradient coefficients_of(const Stats& stats, float inv_temperature, float scale, float g, float h, float l) {
+    if (g == 0.0f && h == 0.0f && l == 0.0f) return {0.0f, 1.0f, 0.0f, 0.0f, 0.0f};
+    const double s = inv_temperature, sum = stats.total, log_total = std::log(sum), by_logit = s * scale;
+    const double entropy = log_total - stats.weighted / sum;
+    const double c = -static_cast<double>(h), b = h == 0.0f ? double(l) - g : double(l) - g - h * entropy;
+    return {
+        stats.maximum,
+        inv_temperature * LOG2E,
+        static_cast<float>(by_logit / sum * (h == 0.0f ? b : b - c * log_total)),
+        static_cast<float>(by_logit / sum * c * LN2),
+        static_cast<float>(by_logit * g),
+    };
+}
+
 }  // namespace grpoforge

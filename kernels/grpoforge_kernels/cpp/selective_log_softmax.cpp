@@ -57,18 +57,8 @@ void grpoforge_row_gradient(
             std::memset(to, 0, static_cast<size_t>(num_tokens * size_of(format)));
             continue;
         }
-        // s p (b + c ln p) with p = e / S and ln p = d ln 2 - ln S.
-        const double s = inv_temperature[row], sum = total[row], log_total = std::log(sum), by_logit = s * scale;
-        const double entropy = log_total - weighted[row] / sum;
-        const double c = -static_cast<double>(h[row]), b = h[row] == 0.0f ? double(l[row]) - g[row]
-            : double(l[row]) - g[row] - h[row] * entropy;
-        const Gradient gradient = {
-            maximum[row],
-            inv_temperature[row] * LOG2E,
-            static_cast<float>(by_logit / sum * (h[row] == 0.0f ? b : b - c * log_total)),
-            static_cast<float>(by_logit / sum * c * LN2),
-            static_cast<float>(by_logit * g[row]),
-        };
+        const Gradient gradient = coefficients_of(
+            {maximum[row], total[row], weighted[row], 0.0f}, inv_temperature[row], scale, g[row], h[row], l[row]);
         row_gradient(logits + row * row_bytes, to, num_tokens, ids[row] - first_id, gradient, scores);
     }
 }

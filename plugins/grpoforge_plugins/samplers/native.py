@@ -156,7 +156,8 @@ def _completions(
     if stops.strings:
         texts = [stops.text(row) for row in rows]
     else:
-        texts = policy.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        # As tensors: of a list, transformers looks at every number.
+        texts = policy.tokenizer.batch_decode([torch.tensor(row) for row in rows], skip_special_tokens=True)
     return [
         Completion(
             text=text,
