@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import os
 import platform
@@ -260,6 +261,7 @@ def work(file: str) -> None:
     spec = json.loads(Path(file).read_text(encoding="utf-8"))
     torch.set_num_threads(spec["threads"])
     engine, prompts = engine_of(spec, file)
+    gc.freeze()  # As `grpoforge train` does.
     for number in range(spec["max_cycles"]):
         print(json.dumps({"event": "ready"}), flush=True)
         if not sys.stdin.readline().strip():

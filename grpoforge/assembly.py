@@ -200,6 +200,7 @@ def make_engine(config: Config, algorithm: Algorithm, policy: Policy, workers: W
         lr=config.optim.learning_rate,
         betas=config.optim.betas,
         weight_decay=config.optim.weight_decay,
+        fused=True,  # one pass over the weights and moments instead of ten
     )
     schedule = get_scheduler(
         config.optim.schedule if config.optim.schedule != "constant" else "constant_with_warmup",

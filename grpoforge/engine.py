@@ -286,7 +286,7 @@ class Engine:
         self.accumulate(batch, frozen, max_completion_length, meter)
         parameters = self.policy.trainable()
         self.workers.sum_gradients(parameters)
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.algorithm.max_grad_norm))
+        norm = float(clip_gradients(parameters, self.algorithm.max_grad_norm))
         if not math.isfinite(norm):
             self.optimizer.zero_grad(set_to_none=True)
             largest = float(frozen.advantages.abs().max())
@@ -376,3 +376,11 @@ class Engine:
             # A step without a token measures nothing, and a coefficient that is no number would stay so.
             if not math.isnan(metrics[measured]):
                 coefficient.update(metrics[measured], num_rows)
+
+
+def clip_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float) -> Tensor:
+    """The norm of all gradients, which are scaled down to ``max_norm`` where it is larger, and left alone elsewhere."""
+    norm = torch.nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
+    if norm > max_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -113,7 +114,11 @@ def resume(config: Config, run_dir: RunDir, folder: Path | None) -> RunSummary |
 
 def _finish(trainer: Trainer, host: PluginHost, workers: Workers) -> RunSummary | None:
     nothing_to_do = trainer.is_finished
-    summary = trainer.run()
+    gc.freeze()  # What was imported and set up stays: the collector need not look through it in every step.
+    try:
+        summary = trainer.run()
+    finally:
+        gc.unfreeze()
     if not workers.is_main:
         return None
     if not nothing_to_do:

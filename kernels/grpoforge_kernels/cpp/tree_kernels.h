@@ -27,13 +27,7 @@ INLINE Ints lanes_from(int64_t first) {
 }
 
 // 2^d for d <= 0, however low.
-INLINE Floats weight_of(Floats d) {
-#if REGISTER_BYTES == 64
-    return exp2_of(d);
-#else
-    return exp2_of(at_least_underflow(d));
-#endif
-}
+INLINE Floats weight_of(Floats d) { return exp2_of(at_least_underflow(d)); }
 
 // ln x of a normal x: 2 artanh((m - 1) / (m + 1)) of the mantissa m in [sqrt(1/2), sqrt(2)), by its series.
 INLINE Floats log_of(Floats x) {
