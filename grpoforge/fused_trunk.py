@@ -14,7 +14,8 @@ from torch import Tensor
 from grpoforge import llama_kind
 from grpoforge.precision import Precision
 from grpoforge.trie import Trie
-from grpoforge_kernels import decoder_layer as kernel
+from grpoforge_kernels import ops
+from grpoforge_kernels.decoder_layer import is_fused
 
 
 def obstacle(trunk: Any, precision: Precision) -> str | None:
@@ -24,7 +25,7 @@ def obstacle(trunk: Any, precision: Precision) -> str | None:
     parameters = list(trunk.parameters())
     if any(parameter.dtype != torch.float32 or not parameter.is_contiguous() for parameter in parameters):
         return "it has other weights than float32"
-    if not kernel.is_fused(parameters[0].device, torch.float32):
+    if not is_fused(parameters[0].device, torch.float32):
         return "no kernel is faster"
     return llama_kind.obstacle(trunk.config) or _foreign_parts(trunk)
 
@@ -48,21 +49,21 @@ def _foreign_parts(trunk: Any) -> str | None:
 def hidden_states(trunk: Any, packed: Trie) -> Tensor:
     """The trunk's last hidden states, ``[N, H]``, with gradient; only where there is no `obstacle`."""
     config = trunk.config
-    shape = kernel.LayerShape(
+    shape = ops.LayerShape(
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_size=llama_kind.head_size(config),
         eps=config.rms_norm_eps,
     )
     cosine, sine = llama_kind.rotary_tables(trunk, packed.longest)
-    places = kernel.Places(forest=packed.forest, positions=packed.position_ids[0], cosine=cosine, sine=sine)
+    places = ops.Places(forest=packed.forest, positions=packed.position_ids[0], cosine=cosine, sine=sine)
     checkpointing = any(getattr(layer, "gradient_checkpointing", False) for layer in trunk.layers)
     recompute = torch.is_grad_enabled() and trunk.training and checkpointing
     hidden = trunk.embed_tokens(packed.input_ids[0])
     for layer in trunk.layers:
         weights = llama_kind.layer_weights(layer, _weight)
-        hidden = kernel.decoder_layer(hidden, weights, places, shape, recompute=recompute)
-    return kernel.rms_norm(hidden, trunk.norm.weight, shape.eps)
+        hidden = ops.decoder_layer(hidden, weights, places, shape, recompute=recompute)
+    return ops.rms_norm(hidden, trunk.norm.weight, shape.eps)
 
 
 def _weight(linear: Any) -> Tensor:

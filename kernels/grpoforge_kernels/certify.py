@@ -26,7 +26,7 @@ from grpoforge_kernels.cpp import build
 from grpoforge_kernels.errors import KernelError
 
 PACKAGE = Path(__file__).parent
-JUDGES = ("adversarial.py", "adversarial_inputs.py", "adversarial_trees.py", "accuracy.py")
+JUDGES = ("adversarial.py", "adversarial_inputs.py", "adversarial_layers.py", "adversarial_trees.py", "accuracy.py")
 FUSED = tuple(name for name in dispatch.BACKENDS if name != "reference")
 
 _log = logging.getLogger("grpoforge_kernels")

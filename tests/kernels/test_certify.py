@@ -85,6 +85,7 @@ def test_the_checks_cover_the_list() -> None:
             assert (op, name) in names
     assert ("grpo_loss_from_logits", "logits around -1e4, dual clip with k2") in names
     assert ("tree_attention", "NaN in another tree") in names
+    assert ("decoder_layer", "gates at their ends") in names
     assert {op for op, _ in names} == {name for name in ops.__all__ if name.islower()}
 
 

@@ -34,6 +34,8 @@ BOUNDS: Mapping[tuple[str, str], Bound] = {
     ("grpo_loss_from_logits", "fp32"): Bound(1e-6, 2e-6),
     ("grpo_loss_from_logits", "bf16"): Bound(1e-6, 2**-8),
     ("grpo_loss_from_logits", "fp16"): Bound(1e-6, 2**-10),
+    ("decoder_layer", "fp32"): Bound(1e-5, 1e-5),
+    ("rms_norm", "fp32"): Bound(1e-6, 2e-6),
     ("tree_attention", "fp32"): Bound(1e-6, 2e-6),
     ("tree_attention", "bf16"): Bound(2**-8, 2**-7),
     ("tree_attention", "fp16"): Bound(2**-11, 2**-10),

@@ -29,6 +29,7 @@ from grpoforge_kernels.bench.adversarial_inputs import (
     row_inputs,
     rows_of_losses,
 )
+from grpoforge_kernels.bench.adversarial_layers import layer_checks
 from grpoforge_kernels.bench.adversarial_trees import tree_checks
 from grpoforge_kernels.bench.forcing import forced
 from grpoforge_kernels.errors import KernelError
@@ -65,11 +66,17 @@ def checks(device: str) -> Iterator[Check]:
             for op, run in HEAD_OPS.items():
                 yield Check(op, dtype_name, name, partial(_compare_head, head, run, device))
         yield from _loss_checks(dtype_name, device)
-        # Triton has no attention over trees: elsewhere it is the reference that runs.
-        if device == "cpu" and os.environ.get(dispatch.VARIABLE) != "triton":
-            yield from (Check("tree_attention", dtype_name, name, run) for name, run in tree_checks(dtype))
+    # Triton has neither: elsewhere it is the reference that runs.
+    if device == "cpu" and os.environ.get(dispatch.VARIABLE) != "triton":
+        yield from _layer_checks()
     for name, options in LOSSES.items():
         yield Check("grpo_loss", "fp32", name, partial(_loss, options, device))
+
+
+def _layer_checks() -> Iterator[Check]:
+    for dtype_name, dtype in DTYPES.items():
+        yield from (Check("tree_attention", dtype_name, name, run) for name, run in tree_checks(dtype))
+    yield from (Check(op, "fp32", name, run) for op, name, run in layer_checks())
 
 
 def _loss_checks(dtype_name: str, device: str) -> Iterator[Check]:
