@@ -77,17 +77,20 @@ QWEN = {
     "num_attention_heads": 14,
     "num_key_value_heads": 2,
 }
+SMALL = {
+    "vocab_size": 8192,
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+}
+VOCABULARIES = (32_768, 151_936)
 SHAPES: dict[str, dict[str, int]] = {
     "qwen2.5-0.5b": QWEN | {"num_hidden_layers": 24},
     "qwen2.5-0.5b, 6 layers": QWEN | {"num_hidden_layers": 6},
-    "small": {
-        "vocab_size": 8192,
-        "hidden_size": 256,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-    },
+    "small": SMALL,
+    **{f"small V={size}": SMALL | {"vocab_size": size} for size in VOCABULARIES},
 }
 
 CASES: dict[str, Case] = {
@@ -100,6 +103,7 @@ CASES: dict[str, Case] = {
         for length in (64, 256, 1024)
         for group in (2, 4, 8, 16)
     },
+    **{f"small V={size} L=256 G=8": Case(f"small V={size}", 1, 8, (256, 256), (64, 64), 8, 8) for size in VOCABULARIES},
 }
 
 OURS: dict[str, dict[str, str]] = {
