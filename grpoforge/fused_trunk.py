@@ -19,7 +19,14 @@ from grpoforge_kernels.decoder_layer import is_fused
 
 
 def obstacle(trunk: Any, precision: Precision) -> str | None:
-    """Why `hidden_states` cannot stand for ``trunk``, or is not faster; None when it can and is."""
+    """Why `hidden_states` cannot stand for ``trunk`` now, or is not faster; None when it can and is."""
+    try:
+        return _obstacle(trunk, precision)
+    except AttributeError as error:  # Anybody's model may call itself one of Llama's kind.
+        return f"its parts have other names ({error})"
+
+
+def _obstacle(trunk: Any, precision: Precision) -> str | None:
     if precision.autocast is not None or precision.weights != torch.float32:
         return "it is not computed in float32"
     parameters = list(trunk.parameters())
@@ -39,8 +46,9 @@ def _foreign_parts(trunk: Any) -> str | None:
         kinds = {type(one) for one in layer.modules() if isinstance(one, torch.nn.Linear) or hasattr(one, "base_layer")}
         if kinds != {torch.nn.Linear}:
             return "its linear layers are not plain"
-        if llama_kind.layer_weights(layer, _weight).other_biases:
-            return "its MLP has biases"
+        others = (layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
+        if any(llama_kind.bias_of(one) is not None for one in others):
+            return "it has biases beside those of queries, keys and values"
         if layer.self_attn.scaling != llama_kind.head_size(trunk.config) ** -0.5:
             return "its scores are scaled in another way"
     return None

@@ -9,7 +9,7 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -114,16 +114,26 @@ def resume(config: Config, run_dir: RunDir, folder: Path | None) -> RunSummary |
 
 def _finish(trainer: Trainer, host: PluginHost, workers: Workers) -> RunSummary | None:
     nothing_to_do = trainer.is_finished
-    gc.freeze()  # What was imported and set up stays: the collector need not look through it in every step.
-    try:
+    with _kept_from_collector():
         summary = trainer.run()
-    finally:
-        gc.unfreeze()
     if not workers.is_main:
         return None
     if not nothing_to_do:
         host.hook.run_finished(summary=summary)
     return summary
+
+
+@contextlib.contextmanager
+def _kept_from_collector() -> Iterator[None]:
+    """What was imported and set up stays: Python's collector need not look through it in every step."""
+    was_frozen = gc.get_freeze_count() > 0
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not was_frozen:
+            gc.unfreeze()
 
 
 def _load_policy(config: Config, host: PluginHost, workers: Workers) -> Policy:

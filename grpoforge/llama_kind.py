@@ -7,7 +7,7 @@ What only looks like this kind its user has to find out by asking the model: `ob
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,22 +48,21 @@ def rotary_tables(trunk: Any, num_positions: int) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the angles of each position, ``[num_positions, head_size]`` float32 each."""
     positions = torch.arange(num_positions, device=trunk.embed_tokens.weight.device)[None]
     with torch.no_grad():
-        cosine, sine = trunk.rotary_emb(torch.zeros(1, device=positions.device), positions)
+        like = torch.zeros(1, dtype=torch.float32, device=positions.device)
+        cosine, sine = trunk.rotary_emb(like, positions)
     return cosine[0].contiguous(), sine[0].contiguous()
 
 
 def layer_weights(layer: Any, weight_of: WeightOf) -> LayerWeights:
     """The weights of one of the trunk's ``layers``, by what they do."""
     attention, mlp = layer.self_attn, layer.mlp
-    biases = [
-        bias for one in (attention.q_proj, attention.k_proj, attention.v_proj) if (bias := bias_of(one)) is not None
-    ]
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     return LayerWeights(
         norm=layer.input_layernorm.weight,
         q=weight_of(attention.q_proj),
         k=weight_of(attention.k_proj),
         v=weight_of(attention.v_proj),
-        qkv_bias=torch.cat(biases) if biases else None,
+        qkv_bias=_joined_biases(projections),
         q_norm=_norm(attention, "q_norm"),
         k_norm=_norm(attention, "k_norm"),
         out=weight_of(attention.o_proj),
@@ -76,6 +75,18 @@ def layer_weights(layer: Any, weight_of: WeightOf) -> LayerWeights:
         down=weight_of(mlp.down_proj),
         down_bias=bias_of(mlp.down_proj),
     )
+
+
+def _joined_biases(projections: Sequence[Any]) -> Tensor | None:
+    """One after the other, 0 where a projection has none; None where none has."""
+    biases = [bias_of(one) for one in projections]
+    if all(bias is None for bias in biases):
+        return None
+    whole = [
+        next(one.parameters()).new_zeros(one.out_features) if bias is None else bias
+        for one, bias in zip(projections, biases, strict=True)
+    ]
+    return torch.cat(whole)
 
 
 def _norm(attention: Any, name: str) -> Tensor | None:

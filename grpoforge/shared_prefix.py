@@ -132,8 +132,12 @@ class SharedPrefix:
         self._narrowest_refused: int | None = None
 
     def obstacle(self) -> str:
-        """Why the model takes the plain way; empty when it can be packed. Asks the model once."""
-        if self._obstacle is None:
+        """Why the model takes the plain way; empty when it can be packed.
+
+        Asks the model once, and anew where somebody has put hooks or adapters on layers that went through kernels.
+        """
+        is_fused = self.way is not None and self.way.run is fused_trunk.hidden_states
+        if self._obstacle is None or (is_fused and fused_trunk.obstacle(self.trunk, self.precision)):
             try:
                 self.way = _choose(self.trunk, self.precision)
                 self._obstacle = ""

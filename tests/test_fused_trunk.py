@@ -44,7 +44,8 @@ def test_models_of_llamas_kind_have_none() -> None:
     ("make", "reason"),
     [
         (lambda: llama(hidden_act="gelu"), "its activation is gelu"),
-        (lambda: llama(mlp_bias=True), "its MLP has biases"),
+        (lambda: llama(mlp_bias=True), "it has biases beside those of queries, keys and values"),
+        (lambda: llama(attention_bias=True), "it has biases beside those of queries, keys and values"),
         (lambda: llama().to(torch.bfloat16), "it has other weights than float32"),
         (
             lambda: llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
@@ -114,6 +115,36 @@ def test_a_model_whose_layers_compute_something_else_goes_through_them() -> None
     prefix = CausalForward(model, FLOAT32).prefix
     assert prefix.obstacle() == ""
     assert prefix.way is not None and prefix.way.packing is Trie and prefix.way.run is not fused_trunk.hidden_states
+
+
+@pytest.mark.parametrize("change", ["hook", "adapter"])
+def test_what_is_put_on_a_model_later_is_not_passed_over(change: str, make_rollouts: Callable[..., Rollouts]) -> None:
+    batch = collate(make_rollouts([[2, 3, 4]], [[[5, 6], [7, 8]]]), pad_token_id=0)
+    model = llama()
+    on, off = (CausalForward(model, FLOAT32, mode) for mode in ("on", "off"))  # type: ignore[arg-type]
+    with torch.no_grad():
+        before = on.logprobs(batch).logprobs
+        if change == "hook":
+            model.model.layers[0].mlp.register_forward_hook(lambda module, given, output: 3 * output)
+        else:
+            get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+        found, expected = on.logprobs(batch).logprobs, off.logprobs(batch).logprobs
+    assert float((found - before).abs().max()) > 1e-4
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_a_model_with_other_names_inside_goes_its_own_way() -> None:
+    model = llama()
+    del model.model.layers[0].self_attn.scaling
+    assert str(obstacle(model)).startswith("its parts have other names (")
+
+
+def test_a_projection_without_a_bias_has_zeros() -> None:
+    model = Qwen2ForCausalLM(Qwen2Config(**SIZES))
+    attention = model.model.layers[0].self_attn
+    attention.v_proj.bias = None
+    joined = llama_kind.layer_weights(model.model.layers[0], lambda linear: linear.weight).qkv_bias
+    assert joined is not None and joined.shape == (64,) and not joined[48:].any()
 
 
 class Shifted(torch.nn.Module):

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +17,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model, Qwen3Config, Qwen3Model
 
 from grpoforge_kernels import dispatch
+from grpoforge_kernels.cpp import build
 from grpoforge_kernels.decoder_layer import LayerShape, LayerWeights, Places, decoder_layer, is_fused, rms_norm
+from grpoforge_kernels.errors import KernelError
 from grpoforge_kernels.reference import decoder_layer as reference
 from grpoforge_kernels.tree_attention import Forest
 
@@ -244,3 +250,64 @@ def test_biases_of_the_mlp_go_the_plain_way() -> None:
     assert torch.allclose(
         decoder_layer(hidden, biased, places, shape), decoder_layer(hidden, plain, places, shape) + 1, atol=1e-5
     )
+
+
+@pytest.mark.needs_compiler
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm": torch.ones(1)}, "norm of a decoder layer is torch.float32 [1] on cpu, not float32 [24] on the CPU"),
+        (
+            {"qkv_bias": torch.ones(3)},
+            "qkv_bias of a decoder layer is torch.float32 [3] on cpu, not float32 [80]",
+        ),
+        ({"q_norm": torch.ones(10)}, "a decoder layer has a norm of queries or of keys only"),
+        ({"up": torch.ones(40, 24).double()}, "up of a decoder layer is torch.float64 [40, 24] on cpu, not float32"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(change: dict[str, Tensor], message: str) -> None:
+    model, weights, shape = layer_of("llama")
+    weights = dataclasses.replace(narrowed(weights, torch.float32), **change)
+    with pytest.raises(KernelError) as failure:
+        decoder_layer(random_hidden(3).float(), weights, places_of(model, [0, 1, 2], torch.float32), shape)
+    assert failure.value.message.startswith(message)
+
+
+def test_no_tokens() -> None:
+    model, weights, shape = layer_of("llama")
+    for dtype in (torch.float32, torch.float64):
+        tables = model.rotary_emb(torch.zeros(1, dtype=torch.float64), torch.arange(1)[None])
+        cosine, sine = (table[0].to(dtype) for table in tables)
+        at = torch.empty(0, dtype=torch.int64)
+        places = Places(forest=Forest.of(at), positions=at, cosine=cosine, sine=sine)
+        out = decoder_layer(random_hidden(0).to(dtype), narrowed(weights, dtype), places, shape)
+        assert out.shape == (0, SIZES["hidden_size"])
+
+
+@pytest.mark.needs_compiler
+@pytest.mark.parametrize("flags", [" ".join(sorted(flags)) for flags in build.LEVELS.values()])
+def test_every_generation_passes_the_certificate(flags: str, tmp_path: Path) -> None:
+    """Where this machine can run it: instructions of a generation that it lacks would kill the process."""
+    if not set(flags.split()) <= set(build._cpu_flags().split()):
+        pytest.skip(f"this processor has not all of {flags}")
+    code = f"""
+from grpoforge_kernels.cpp import build
+build._cpu_flags = lambda: {flags!r}
+from grpoforge_kernels import dispatch
+from grpoforge_kernels.bench.accuracy import BOUNDS
+from grpoforge_kernels.bench.adversarial_layers import layer_checks
+import torch
+assert dispatch.backend_name("decoder_layer", torch.device("cpu"), torch.float32) == "cpp"
+for op, name, run in layer_checks():
+    value, gradient = run()
+    bound = BOUNDS[op, "fp32"]
+    assert value <= bound.value and gradient <= bound.gradient, (op, name, value, gradient)
+from grpoforge_kernels.cpp import decode
+a, gate = torch.ones(1, 1), torch.tensor([[-1e4], [-177.0], [-90.0], [90.0]]).repeat(4, 1)
+out = torch.empty(1, 16)
+decode.multiply(a, decode.pack(decode.interleaved(gate, torch.ones(16, 1))), None, out, "gated")
+assert torch.allclose(out[0], torch.nn.functional.silu(gate[:, 0]), atol=1e-30), out
+"""
+    environment = os.environ | {"GRPOFORGE_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

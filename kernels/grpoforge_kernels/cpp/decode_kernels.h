@@ -34,7 +34,7 @@ INLINE float highest_of(const Floats& x) {
     return highest;
 }
 
-INLINE Floats silu(Floats x) { return x / (1.0f + exp2_of(at_least_underflow(larger(-100.0f + Floats{}, -x * grpoforge::LOG2E)))); }
+INLINE Floats silu(Floats x) { return x * sigmoid_of(x); }
 
 // What becomes of the sums of `rows` rows by one strip.
 template <int rows>

@@ -81,18 +81,13 @@ static void norm_rows_back(const Norm& p, int64_t first, int64_t last, float* d_
     }
 }
 
-// 1 / (1 + exp(-x))
-INLINE Floats sigmoid(Floats x) {
-    return 1.0f / (1.0f + exp2_of(at_least_underflow(larger(-100.0f + Floats{}, -x * grpoforge::LOG2E))));
-}
-
 static void gate_rows(const Gate& p, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row++) {
         const float *gate = p.gate_up + row * 2 * p.n, *up = gate + p.n;
         float* const to = p.product + row * p.n;
         for (int64_t i = 0; i < p.n; i += LANES) {
             const Floats g = load_left(gate + i, p.n - i);
-            store_left(g * sigmoid(g) * load_left(up + i, p.n - i), to + i, p.n - i);
+            store_left(g * sigmoid_of(g) * load_left(up + i, p.n - i), to + i, p.n - i);
         }
     }
 }
@@ -105,7 +100,7 @@ static void gate_rows_back(const Gate& p, int64_t first, int64_t last) {
         for (int64_t i = 0; i < p.n; i += LANES) {
             const int64_t left = p.n - i;
             const Floats g = load_left(gate + i, left), u = load_left(up + i, left), d = load_left(product + i, left);
-            const Floats s = sigmoid(g), silu = g * s;
+            const Floats s = sigmoid_of(g), silu = g * s;
             store_left(silu * u, product + i, left);
             store_left(d * silu, d_up + i, left);
             store_left(d * u * (s + silu * (1.0f - s)), d_gate + i, left);

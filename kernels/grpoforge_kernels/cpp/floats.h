@@ -61,7 +61,7 @@ constexpr float FINE[] = {1.0f, 0.693147f, 0.24022242f, 0.055507336f, 0.00967151
 constexpr float COARSE[] = {0.99992806f, 0.69326097f, 0.24261113f, 0.05517167f};
 #endif
 
-// The polynomial c of the fraction of d, times a power of two: c[0] 2^d for d from UNDERFLOW (where it is 0) to 100. NaN
+// The polynomial c of the fraction of d, times a power of two: c[0] 2^d for d from UNDERFLOW (where it is 0) to 126. NaN
 // gives NaN.
 template <int terms>
 INLINE Floats power_of(Floats d, const float (&c)[terms]) {
@@ -85,6 +85,12 @@ INLINE Floats power_of(Floats d, const float (&c)[terms]) {
 
 // 2^d, exactly 1 at 0.
 INLINE Floats exp2_of(Floats d) { return power_of(d, FINE); }
+
+// 1 / (1 + exp(-x)); at least 2^-126.
+INLINE Floats sigmoid_of(Floats x) {
+    const Floats d = -x * grpoforge::LOG2E;
+    return 1.0f / (1.0f + exp2_of(at_least_underflow(d > 126.0f ? all(126.0f) : d)));
+}
 
 // tanh u: an odd minimax polynomial (4e-9) below 0.625, (1 - q) / (1 + q) with q = exp(-2|u|) above.
 INLINE Floats tanh_of(Floats u) {

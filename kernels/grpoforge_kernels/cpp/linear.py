@@ -73,7 +73,7 @@ class Sweeps:
 
     def forward(self) -> RowStats:
         """The statistics ``[N]`` of each row of logits."""
-        stats = RowStats(*(torch.empty(self._linear.num_rows) for _ in range(4)))
+        stats = RowStats(*(torch.empty(self._linear.num_rows, dtype=torch.float32, device="cpu") for _ in range(4)))
         _forward(byref(self._linear), *map(_address, stats))
         return stats
 
@@ -86,9 +86,9 @@ class Sweeps:
         """
         hidden, weight, *_ = self._read
         into = (
-            torch.empty(hidden.shape) if needs[0] else None,
-            torch.empty(weight.shape, dtype=weight.dtype) if needs[1] else None,
-            torch.empty(len(weight)) if needs[2] else None,
+            torch.empty(hidden.shape, dtype=torch.float32, device="cpu") if needs[0] else None,
+            torch.empty(weight.shape, dtype=weight.dtype, device="cpu") if needs[1] else None,
+            torch.empty(len(weight), dtype=torch.float32, device="cpu") if needs[2] else None,
         )
         read = [values.contiguous() for values in (*stats[:3], *upstream)]
         assert all(values.dtype == torch.float32 and values.shape == (len(hidden),) for values in read)

@@ -63,7 +63,7 @@ class _Plan:
 
     def __init__(self, forest: Forest, group: int) -> None:
         n = len(forest)
-        self._kept = forest.positions, torch.empty(5, n + 1, dtype=torch.int64)
+        self._kept = forest.positions, torch.empty(5, n + 1, dtype=torch.int64, device="cpu")
         # The order of the trees has two entries for each, in the last two rows.
         parents, ends, blocks, order = (self._kept[1][row].data_ptr() for row in range(4))
         self.trees = _Trees(n, group, forest.positions.data_ptr(), parents, ends, blocks, order)

@@ -42,7 +42,8 @@ def _layer(hidden: Tensor, weights: LayerWeights, places: Places, shape: LayerSh
 def _attended(normed: Tensor, weights: LayerWeights, places: Places, shape: LayerShape) -> Tensor:
     """What each head of each token attends to, ``[N, h d]``."""
     qkv = linear(normed, torch.cat([weights.q, weights.k, weights.v]), weights.qkv_bias)
-    heads, first, last = qkv.view(len(qkv), -1, shape.head_size), shape.heads, shape.heads + shape.kv_heads
+    first, last = shape.heads, shape.heads + shape.kv_heads
+    heads = qkv.view(len(qkv), last + shape.kv_heads, shape.head_size)
     query, key, value = heads[:, :first], heads[:, first:last], heads[:, last:]
     if weights.q_norm is not None and weights.k_norm is not None:
         query, key = rms_norm(query, weights.q_norm, shape.eps), rms_norm(key, weights.k_norm, shape.eps)
