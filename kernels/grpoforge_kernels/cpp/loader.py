@@ -36,8 +36,11 @@ def library(name: str) -> ctypes.CDLL:
 
 
 def reject(name: str, error: KernelError) -> KernelError:
-    """Never use the library in this process, because of ``error``, which is logged and returned."""
-    if not isinstance(_loaded.get(name), KernelError):
+    """Never use the library in this process, because of ``error``, which is logged and returned.
+
+    What keeps several libraries away, such as a missing compiler, is a warning once.
+    """
+    if not any(isinstance(one, KernelError) and one.message == error.message for one in _loaded.values()):
         hint = f" ({error.hint})" if error.hint else ""
         _log.warning("%s%s; %s", error.message, hint, build.LIBRARIES[name].instead)
     _loaded[name] = error
