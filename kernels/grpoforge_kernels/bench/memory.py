@@ -93,6 +93,7 @@ def _sampled() -> Iterator[list[int]]:
     finally:
         done.set()
         thread.join()
+        samples.append(_read("VmRSS") or 0)  # On a busy machine the thread may not have come to look.
 
 
 def _read(field: str) -> int | None:
