@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <memory>
 #include <vector>
 
@@ -31,12 +30,7 @@ constexpr int64_t PART = 512;           // of decode_kernels.h
 
 INLINE int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-struct Floats {
-    float* data = nullptr;
-    explicit Floats(int64_t n) : data(static_cast<float*>(std::aligned_alloc(64, rounded(n * 4 + 64, 64)))) {}
-    Floats(const Floats&) = delete;
-    ~Floats() { std::free(data); }
-};
+using Floats = Aligned<float>;
 
 struct Layer {
     const float *norm, *qkv, *qkv_bias, *q_norm, *k_norm, *out, *out_bias, *mlp_norm, *gate_up, *gate_up_bias, *down, *down_bias;

@@ -10,21 +10,12 @@ using grpoforge::Span;
 using grpoforge::STRIP;
 using grpoforge::KEYS;
 
+#include "layer_rows.h"
+
 constexpr int VECTORS = STRIP / LANES;  // registers of a strip
 constexpr int ROWS = REGISTER_BYTES == 64 ? 12 : REGISTER_BYTES == 32 ? 3 : 1;
 constexpr int64_t DEPTH = 1024;  // products are added to memory after so many steps: rounding, and room in L1
 constexpr int64_t AHEAD = 2048;  // floats of weights that are asked for ahead
-
-INLINE Floats load_at(const float* x) { return read<Floats>(x); }
-INLINE void store_at(Floats x, float* y) { std::memcpy(y, &x, sizeof x); }
-
-INLINE float sum_of(const Floats& x) {
-    alignas(64) float values[LANES];
-    std::memcpy(values, &x, sizeof x);
-    float sum = 0.0f;
-    for (float value : values) sum += value;
-    return sum;
-}
 
 INLINE float highest_of(const Floats& x) {
     alignas(64) float values[LANES];
@@ -249,23 +240,6 @@ static void attend(
         for (; h + 4 <= heads; h += 4) attend_heads<4>(q + h * d, d, width, spans, k, scores, stride, out + h * d);
     for (; h + 2 <= heads; h += 2) attend_heads<2>(q + h * d, d, width, spans, k, scores, stride, out + h * d);
     for (; h < heads; h++) attend_heads<1>(q + h * d, d, width, spans, k, scores, stride, out + h * d);
-}
-
-// x [d] turned by its position: halves are pairs (the convention of Llama in transformers).
-static void turn(
-    const float* __restrict x, int64_t d, const float* __restrict cosine, const float* __restrict sine, float* __restrict y) {
-    const int64_t half = d / 2;
-    int64_t i = 0;
-    for (; i + LANES <= half; i += LANES) {
-        const Floats first = load_at(x + i), second = load_at(x + i + half);
-        store_at(first * load_at(cosine + i) - second * load_at(sine + i), y + i);
-        store_at(second * load_at(cosine + i + half) + first * load_at(sine + i + half), y + i + half);
-    }
-    for (; i < half; i++) {
-        const float first = x[i], second = x[i + half];
-        y[i] = first * cosine[i] - second * sine[i];
-        y[i + half] = second * cosine[i + half] + first * sine[i + half];
-    }
 }
 
 constexpr int64_t PART = 512;  // weights that are added in float32, LANES ways; sums of parts are added in float64

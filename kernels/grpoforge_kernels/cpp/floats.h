@@ -114,6 +114,8 @@ INLINE T read(const void* x) {
 }
 
 INLINE Floats load(const float32* x) { return read<Floats>(x); }
+INLINE Floats load_at(const float* x) { return read<Floats>(x); }
+INLINE void store_at(Floats x, float* y) { std::memcpy(y, &x, sizeof x); }
 
 #if REGISTER_BYTES >= 32
 INLINE Bits load_halves(const void* x) {

@@ -34,7 +34,7 @@ struct GrpoforgeLinear {
 
 namespace {
 
-using grpoforge::coefficients_of, grpoforge::Gradient, grpoforge::LN2, grpoforge::LOG2E;
+using grpoforge::coefficients_of, grpoforge::Gradient, grpoforge::LN2, grpoforge::LOG2E, grpoforge::Aligned;
 
 constexpr int64_t GROUP = 16 * BLOCK;   // tokens whose sums stay in float32, a multiple of every strip
 constexpr int64_t MOST_TILES = 16;      // of a line of a second factor, which stay in L1 while the first passes by
@@ -42,15 +42,6 @@ constexpr int64_t MOST_COLUMNS = 256;   // of the weight that a thread packs for
 constexpr int64_t STRIP_SIZE = 1 << 17; // scores of a strip, which stay in L2 with its packed weight
 
 int64_t rounded_up(int64_t n, int64_t to) { return tiles_of(n, to) * to; }
-
-template <typename T>
-struct Room {
-    T* data;
-    explicit Room(int64_t n) : data(static_cast<T*>(std::aligned_alloc(64, rounded_up(n * int64_t{sizeof(T)} + 64, 64)))) {}
-    Room(const Room&) = delete;
-    ~Room() { std::free(data); }
-    operator T*() const { return data; }
-};
 
 INLINE Floats load(const float* x) { return simd::read<Floats>(x); }
 INLINE void store(Floats x, float* y) { std::memcpy(y, &x, sizeof x); }
@@ -273,7 +264,7 @@ void write_hidden_gradient(const Sweep& in, const float* blocks, int64_t column,
 
 // Hidden states as a second factor: by rows with a depth of the hidden size, and by the hidden size with a depth of rows.
 struct Factors {
-    Room<uint16_t> columns, across;
+    Aligned<uint16_t> columns, across;
     const Sweep& in;
     explicit Factors(const Sweep& in)
         : columns(in.rows / LANES * in.deep * TILE), across(in.hidden_lines() * in.across * TILE), in(in) {}
@@ -293,8 +284,8 @@ void forward(const Sweep& in, const float* k, float* parts, float* chosen) {
     const TileShapes shapes;
 #pragma omp parallel num_threads(in.num_threads) if (in.num_threads > 1)
     {
-        const Room<uint16_t> lines(in.lines_room());
-        const Room<float> scores(in.scores_room());
+        const Aligned<uint16_t> lines(in.lines_room());
+        const Aligned<float> scores(in.scores_room());
 #pragma omp for schedule(dynamic)
         for (int64_t line = 0; line < in.rows / LANES; line++) factors.pack_columns(line);
         if (in.kind == AMX) __asm__ volatile("ldtilecfg %0" ::"m"(shapes));
@@ -321,13 +312,13 @@ void backward(const Sweep& in, const Slopes& slopes, const Gradients& into) {
     const Factors factors(in);
     const TileShapes shapes;
     const int64_t columns = into.hidden ? in.hidden_lines() * LANES : 0;
-    const Room<uint16_t> panel_slopes(into.hidden ? in.slopes_room() : 0);
-    const Room<float> blocks(in.rows * columns);
+    const Aligned<uint16_t> panel_slopes(into.hidden ? in.slopes_room() : 0);
+    const Aligned<float> blocks(in.rows * columns);
 #pragma omp parallel num_threads(in.num_threads) if (in.num_threads > 1)
     {
-        const Room<uint16_t> lines(in.lines_room()), narrow(in.scores_room());
-        const Room<uint16_t> weight(into.hidden ? in.weight_room() : 0);
-        const Room<float> scores(in.scores_room());
+        const Aligned<uint16_t> lines(in.lines_room()), narrow(in.scores_room());
+        const Aligned<uint16_t> weight(into.hidden ? in.weight_room() : 0);
+        const Aligned<float> scores(in.scores_room());
 #pragma omp for schedule(dynamic)
         for (int64_t line = 0; line < in.rows / LANES; line++) factors.pack_columns(line);
 #pragma omp for schedule(dynamic)
@@ -379,7 +370,7 @@ void grpoforge_linear_forward(
     const GrpoforgeLinear* linear, float* maximum, float* total, float* weighted, float* chosen) {
 #ifdef HAS_PRODUCT
     const Sweep in(*linear);
-    const Room<float> k(in.rows), parts(in.num_groups() * 3 * in.rows);
+    const Aligned<float> k(in.rows), parts(in.num_groups() * 3 * in.rows);
     for (int64_t row = 0; row < in.rows; row++) k[row] = row < in.num_rows ? in.inv_temperature[row] * LOG2E : 1.0f;
     forward(in, k, parts, chosen);
     for (int64_t row = 0; row < in.num_rows; row++) merge(in, parts, k, row, maximum, total, weighted);
@@ -393,7 +384,7 @@ void grpoforge_linear_backward(
     const float* h, const float* l, float* hidden, uint16_t* weight, float* bias) {
 #ifdef HAS_PRODUCT
     const Sweep in(*linear);
-    const Room<float> rows(5 * in.rows);
+    const Aligned<float> rows(5 * in.rows);
     for (int64_t row = 0; row < in.rows; row++) {
         Gradient one = {0.0f, 1.0f, 0.0f, 0.0f, 0.0f};
         if (row < in.num_rows)

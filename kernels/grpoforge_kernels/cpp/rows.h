@@ -11,6 +11,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 
@@ -23,6 +24,16 @@ enum Format : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 constexpr int64_t BLOCK = 512;  // floats that are held in L1 at a time
 constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
+
+// Memory for n numbers and a register more, at the border of a line of the cache.
+template <typename T>
+struct Aligned {
+    T* data;
+    explicit Aligned(int64_t n) : data(static_cast<T*>(std::aligned_alloc(64, (n * int64_t{sizeof(T)} + 127) / 64 * 64))) {}
+    Aligned(const Aligned&) = delete;
+    ~Aligned() { std::free(data); }
+    operator T*() const { return data; }
+};
 
 INLINE int64_t size_of(int64_t format) { return format == FLOAT32 ? 4 : 2; }
 

@@ -59,28 +59,13 @@ INLINE Halves neighbors(const Matrix& m, int64_t at) {
 
 INLINE Pairs wide(Halves x) { return __builtin_convertvector(x, Pairs); }
 
-// Exchanges the blocks of `size` lanes off the diagonal of each pair of registers; sizes 8, 4, 2, 1 transpose 16 x 16.
-template <int size>
-INLINE void exchange(Pairs* rows) {
-    Pairs low, high;
-    for (uint32_t lane = 0; lane < LANES; lane++) {
-        low[lane] = lane & size ? LANES + lane - size : lane;
-        high[lane] = lane & size ? LANES + lane : lane + size;
-    }
-#pragma GCC unroll 16
-    for (int at = 0; at < LANES; at++) {
-        if (at & size) continue;
-        const Pairs a = rows[at], b = rows[at + size];
-        rows[at] = __builtin_shuffle(a, b, low);
-        rows[at + size] = __builtin_shuffle(a, b, high);
-    }
-}
+#include "exchange.h"
 
 INLINE void transpose(Pairs* rows) {
-    exchange<8>(rows);
-    exchange<4>(rows);
-    exchange<2>(rows);
-    exchange<1>(rows);
+    exchange<8, Pairs>(rows);
+    exchange<4, Pairs>(rows);
+    exchange<2, Pairs>(rows);
+    exchange<1, Pairs>(rows);
 }
 
 // 16 lines of 32 neighbors along the depth, lines apart by m.row: a tile of a, or a tile of b transposed.

@@ -14,11 +14,10 @@ using grpoforge::STEP;
 using grpoforge::Task;
 using grpoforge::Trees;
 
+#include "exchange.h"
+
 constexpr int ROWS = REGISTER_BYTES == 64 ? 8 : 4;  // STEP is a multiple
 constexpr int64_t MULTIPLE = LANES > STEP ? LANES : STEP;
-
-INLINE Floats load_at(const float* x) { return read<Floats>(x); }
-INLINE void store_at(Floats x, float* y) { std::memcpy(y, &x, sizeof x); }
 
 INLINE Ints lanes_from(int64_t first) {
     Ints lanes;
@@ -92,36 +91,11 @@ static void multiply(const Product& p, int64_t rows, int64_t columns) {
     }
 }
 
-// Exchanges the blocks of `size` lanes off the diagonal of each pair of registers.
-template <int size>
-INLINE void exchange(Floats* rows) {
-#if defined(__clang__)
-    alignas(64) float before[LANES][LANES];
-    std::memcpy(before, rows, sizeof before);
-    for (int64_t i = 0; i < LANES; i++)
-        for (int64_t j = 0; j < LANES; j++)
-            rows[i][j] = (i & size) == (j & size) ? before[i][j] : before[i ^ size][j ^ size];
-#else
-    Ints low, high;
-    for (int32_t lane = 0; lane < LANES; lane++) {
-        low[lane] = lane & size ? static_cast<int32_t>(LANES) + lane - size : lane;
-        high[lane] = lane & size ? static_cast<int32_t>(LANES) + lane : lane + size;
-    }
-#pragma GCC unroll 16
-    for (int at = 0; at < LANES; at++) {
-        if (at & size) continue;
-        const Floats a = rows[at], b = rows[at + size];
-        rows[at] = __builtin_shuffle(a, b, low);
-        rows[at + size] = __builtin_shuffle(a, b, high);
-    }
-#endif
-}
-
-INLINE void turn(Floats* rows) {
-    if constexpr (LANES == 16) exchange<8>(rows);
-    if constexpr (LANES >= 8) exchange<4>(rows);
-    exchange<2>(rows);
-    exchange<1>(rows);
+INLINE void transpose_registers(Floats* rows) {
+    if constexpr (LANES == 16) exchange<8, Ints>(rows);
+    if constexpr (LANES >= 8) exchange<4, Ints>(rows);
+    exchange<2, Ints>(rows);
+    exchange<1, Ints>(rows);
 }
 
 // to[j][i] = by from[i][j], for whole registers of rows and of columns.
@@ -132,7 +106,7 @@ static __attribute__((noinline)) void transpose(
             Floats square[LANES];
 #pragma GCC unroll 16
             for (int64_t k = 0; k < LANES; k++) square[k] = load_at(from + (i + k) * from_row + j) * by;
-            turn(square);
+            transpose_registers(square);
 #pragma GCC unroll 16
             for (int64_t k = 0; k < LANES; k++) store_at(square[k], to + (j + k) * to_row + i);
         }
@@ -347,7 +321,7 @@ static void read_statistics(const Work& w, const Block& b) {
             for (int64_t j = 0; j < w.d; j += LANES)
                 sums[lane] += load_at(room.grads + row + j) * load_at(room.rows + row + j);
         }
-        turn(sums);
+        transpose_registers(sums);
         for (int64_t lane = 1; lane < LANES; lane++) sums[0] += sums[lane];
         store_at(sums[0], room.sums + first);
     }
