@@ -63,14 +63,13 @@ def hidden_states(trunk: Any, packed: Trie) -> Tensor:
         head_size=llama_kind.head_size(config),
         eps=config.rms_norm_eps,
     )
-    cosine, sine = llama_kind.rotary_tables(trunk, packed.longest)
-    places = ops.Places(forest=packed.forest, positions=packed.position_ids[0], cosine=cosine, sine=sine)
+    rotary = llama_kind.rotary_tables(trunk, packed.longest)
     checkpointing = any(getattr(layer, "gradient_checkpointing", False) for layer in trunk.layers)
     recompute = torch.is_grad_enabled() and trunk.training and checkpointing
     hidden = trunk.embed_tokens(packed.input_ids[0])
     for layer in trunk.layers:
         weights = llama_kind.layer_weights(layer, _weight)
-        hidden = ops.decoder_layer(hidden, weights, places, shape, recompute=recompute)
+        hidden = ops.decoder_layer(hidden, weights, packed.forest, rotary, shape, recompute=recompute)
     return ops.rms_norm(hidden, trunk.norm.weight, shape.eps)
 
 

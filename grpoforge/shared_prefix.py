@@ -136,8 +136,8 @@ class SharedPrefix:
 
         Asks the model once, and anew where somebody has put hooks or adapters on layers that went through kernels.
         """
-        is_fused = self.way is not None and self.way.run is fused_trunk.hidden_states
-        if self._obstacle is None or (is_fused and fused_trunk.obstacle(self.trunk, self.precision)):
+        is_over = self.way is not None and self.way.obstacle(self.trunk, self.precision)
+        if self._obstacle is None or is_over:
             try:
                 self.way = _choose(self.trunk, self.precision)
                 self._obstacle = ""
@@ -259,6 +259,8 @@ class Way:
 
     packing: type[Packed]
     run: Callable[[Any, Any], Tensor] = _run
+    obstacle: Callable[[Any, Precision], str | None] = lambda trunk, precision: None
+    """Why a model can no longer be run so; None where it can."""
 
 
 def ways(trunk: Any, precision: Precision) -> list[Way]:
@@ -268,7 +270,7 @@ def ways(trunk: Any, precision: Precision) -> list[Way]:
         return found
     reason = fused_trunk.obstacle(trunk, precision)
     if reason is None:
-        return [Way(Trie, fused_trunk.hidden_states), *found]
+        return [Way(Trie, fused_trunk.hidden_states, fused_trunk.obstacle), *found]
     logger.info("the update goes through the model's own layers: %s", reason)
     return found
 

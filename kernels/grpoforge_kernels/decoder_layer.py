@@ -14,6 +14,7 @@ what attention needs, and the two products of the MLP. Everything else goes thro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -69,21 +70,8 @@ class LayerShape:
         return float(self.head_size**-0.5)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Places:
-    """Where the tokens of a packed sequence stand."""
-
-    forest: Forest
-    """Which tokens each token sees."""
-    positions: Tensor
-    """``[N]`` int64: rows of the tables."""
-    cosine: Tensor
-    """``[positions, head_size]``, of the rotary embedding."""
-    sine: Tensor
-    """Beside it."""
-
-    def __post_init__(self) -> None:
-        assert len(self.positions) == 0 or int(self.positions.max()) < len(self.cosine) == len(self.sine)
+Rotary = tuple[Tensor, Tensor]
+"""Cosine and sine of the rotary embedding, ``[positions, head_size]`` each."""
 
 
 def is_fused(device: torch.device, dtype: torch.dtype) -> bool:
@@ -92,21 +80,29 @@ def is_fused(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def decoder_layer(
-    hidden: Tensor, weights: LayerWeights, places: Places, shape: LayerShape, *, recompute: bool = False
+    hidden: Tensor, weights: LayerWeights, forest: Forest, rotary: Rotary, shape: LayerShape, *, recompute: bool = False
 ) -> Tensor:
     """Hidden states behind the layer, ``[N, H]``, of the tokens' hidden states before it, ``[N, H]``.
 
     Args:
+        forest: which tokens each token sees, and at which positions they stand.
+        rotary: for every position of ``forest``.
         recompute: keep ``hidden`` only, and compute the rest again in the backward pass (gradient checkpointing).
+
+    Raises:
+        KernelError: weights, tables or tokens do not fit together.
     """
-    is_plain = weights.other_biases or hidden.dtype != torch.float32
-    backend = reference if is_plain else dispatch.backend(OP, hidden.device, hidden.dtype)
-    result: Tensor = backend.decoder_layer(hidden, weights, places, shape, recompute=recompute)
+    backend = reference if weights.other_biases else _backend(hidden)
+    result: Tensor = backend.decoder_layer(hidden, weights, forest, rotary, shape, recompute=recompute)
     return result
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``weight * x / sqrt(mean(x^2) + eps)`` of each row of ``[N, H]`` (1910.07467), with gradient."""
-    backend = reference if hidden.dtype != torch.float32 else dispatch.backend(OP, hidden.device, hidden.dtype)
-    result: Tensor = backend.rms_norm(hidden, weight, eps)
+    result: Tensor = _backend(hidden).rms_norm(hidden, weight, eps)
     return result
+
+
+def _backend(hidden: Tensor) -> ModuleType:
+    """C++ computes in float32 only."""
+    return dispatch.backend(OP, hidden.device, hidden.dtype) if hidden.dtype == torch.float32 else reference

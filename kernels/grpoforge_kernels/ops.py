@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grpoforge_kernels.decoder_layer import LayerShape, LayerWeights, Places, decoder_layer, rms_norm
+from grpoforge_kernels.decoder_layer import LayerShape, LayerWeights, decoder_layer, rms_norm
 from grpoforge_kernels.grpo_loss import ClipOptions, GrpoLoss, KLForm, grpo_loss, grpo_loss_from_logits
 from grpoforge_kernels.linear_logprobs import linear_logprobs
 from grpoforge_kernels.linear_loss import linear_loss
@@ -16,7 +16,6 @@ __all__ = [
     "KLForm",
     "LayerShape",
     "LayerWeights",
-    "Places",
     "TokenStats",
     "decoder_layer",
     "grpo_loss",

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model, Qwen3
 
 from grpoforge_kernels import dispatch
 from grpoforge_kernels.cpp import build
-from grpoforge_kernels.decoder_layer import LayerShape, LayerWeights, Places, decoder_layer, is_fused, rms_norm
+from grpoforge_kernels.decoder_layer import LayerShape, LayerWeights, Rotary, decoder_layer, is_fused, rms_norm
 from grpoforge_kernels.errors import KernelError
 from grpoforge_kernels.reference import decoder_layer as reference
 from grpoforge_kernels.tree_attention import Forest
@@ -61,11 +61,10 @@ def layer_of(kind: str) -> tuple[Any, LayerWeights, LayerShape]:
     return model, weights, LayerShape(heads=4, kv_heads=2, head_size=size, eps=model.config.rms_norm_eps)
 
 
-def places_of(model: Any, positions: list[int], dtype: torch.dtype) -> Places:
+def places_of(model: Any, positions: list[int], dtype: torch.dtype) -> tuple[Forest, Rotary]:
     tables = model.rotary_emb(torch.zeros(1, dtype=torch.float64), torch.arange(max(positions) + 1)[None])
     cosine, sine = (table[0].to(dtype).contiguous() for table in tables)
-    at = torch.tensor(positions)
-    return Places(forest=Forest.of(at), positions=at, cosine=cosine, sine=sine)
+    return Forest.of(torch.tensor(positions)), (cosine, sine)
 
 
 def narrowed(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
@@ -81,11 +80,17 @@ def narrowed(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
 
 
 def run(
-    weights: LayerWeights, places: Places, shape: LayerShape, hidden: Tensor, seed: int = 1, *, recompute: bool = False
+    weights: LayerWeights,
+    places: tuple[Forest, Rotary],
+    shape: LayerShape,
+    hidden: Tensor,
+    seed: int = 1,
+    *,
+    recompute: bool = False,
 ) -> dict[str, Tensor]:
     """Output and all gradients, of a random combination of the output."""
     hidden = hidden.detach().clone().requires_grad_()
-    out = decoder_layer(hidden, weights, places, shape, recompute=recompute)
+    out = decoder_layer(hidden, weights, *places, shape, recompute=recompute)
     direction = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     (out * direction.to(out)).sum().backward()
     found = {"out": out.detach(), "hidden": hidden.grad}
@@ -113,7 +118,7 @@ def test_the_plain_layer_is_the_models(kind: str) -> None:
     model.config._attn_implementation = "eager"
     mask = torch.full((len(CHAIN), len(CHAIN)), -torch.inf, dtype=torch.float64).triu(1)[None, None]
     expected = model.layers[0](hidden[None], attention_mask=mask, position_embeddings=rotary)[0]
-    found = decoder_layer(hidden, weights, places_of(model, CHAIN, torch.float64), shape)
+    found = decoder_layer(hidden, weights, *places_of(model, CHAIN, torch.float64), shape)
     assert gap(found.detach(), expected.detach()) < 1e-6  # its norms are computed in float32
 
 
@@ -155,9 +160,8 @@ def test_any_shape(rows: int, hidden: int, ffn: int, heads: int, half: int, bias
     positions = torch.arange(rows) % 7
     angles = some(7, size)
 
-    def places(dtype: torch.dtype) -> Places:
-        at = Forest.of(positions)
-        return Places(forest=at, positions=positions, cosine=angles.cos().to(dtype), sine=angles.sin().to(dtype))
+    def places(dtype: torch.dtype) -> tuple[Forest, Rotary]:
+        return Forest.of(positions), (angles.cos().to(dtype), angles.sin().to(dtype))
 
     x = some(rows, hidden)
     expected = run(narrowed(weights, torch.float64), places(torch.float64), shape, x)
@@ -168,7 +172,9 @@ def test_any_shape(rows: int, hidden: int, ffn: int, heads: int, half: int, bias
             assert gap(found[name], value) <= 4 * gap(plain[name], value) + 3e-6, name
 
 
-def run_plain(weights: LayerWeights, places: Places, shape: LayerShape, hidden: Tensor) -> dict[str, Tensor]:
+def run_plain(
+    weights: LayerWeights, places: tuple[Forest, Rotary], shape: LayerShape, hidden: Tensor
+) -> dict[str, Tensor]:
     """`run` by plain torch."""
     dispatch.refuse("cpp", "this test wants plain torch")
     try:
@@ -181,10 +187,10 @@ def test_rows_that_share_nothing_do_not_change_each_other() -> None:
     model, weights, shape = layer_of("qwen3")
     weights = narrowed(weights, torch.float32)
     hidden = random_hidden(len(TREE)).float()
-    whole = decoder_layer(hidden, weights, places_of(model, TREE, torch.float32), shape)
+    whole = decoder_layer(hidden, weights, *places_of(model, TREE, torch.float32), shape)
     other = hidden.clone()
     other[9:] = torch.nan
-    part = decoder_layer(other, weights, places_of(model, TREE, torch.float32), shape)
+    part = decoder_layer(other, weights, *places_of(model, TREE, torch.float32), shape)
     assert torch.equal(whole[:9], part[:9]) and bool(part[9:].isnan().all())
 
 
@@ -248,7 +254,7 @@ def test_biases_of_the_mlp_go_the_plain_way() -> None:
     biased = dataclasses.replace(plain, down_bias=torch.ones(SIZES["hidden_size"]))
     hidden = random_hidden(len(TREE)).float()
     assert torch.allclose(
-        decoder_layer(hidden, biased, places, shape), decoder_layer(hidden, plain, places, shape) + 1, atol=1e-5
+        decoder_layer(hidden, biased, *places, shape), decoder_layer(hidden, plain, *places, shape) + 1, atol=1e-5
     )
 
 
@@ -269,8 +275,21 @@ def test_weights_that_do_not_fit_are_refused(change: dict[str, Tensor], message:
     model, weights, shape = layer_of("llama")
     weights = dataclasses.replace(narrowed(weights, torch.float32), **change)
     with pytest.raises(KernelError) as failure:
-        decoder_layer(random_hidden(3).float(), weights, places_of(model, [0, 1, 2], torch.float32), shape)
+        decoder_layer(random_hidden(3).float(), weights, *places_of(model, [0, 1, 2], torch.float32), shape)
     assert failure.value.message.startswith(message)
+
+
+@pytest.mark.needs_compiler
+def test_tokens_and_tables_that_do_not_fit_are_refused() -> None:
+    model, weights, shape = layer_of("llama")
+    weights, hidden = narrowed(weights, torch.float32), random_hidden(3).float()
+    _, short = places_of(model, [0, 1], torch.float32)
+    with pytest.raises(KernelError) as failure:
+        decoder_layer(hidden, weights, Forest.of(torch.tensor([0, 1, 2])), short, shape)
+    assert failure.value.message == "the forest is 3 tokens deep, and rotary tables have 2 positions"
+    with pytest.raises(KernelError) as failure:
+        decoder_layer(hidden, weights, Forest.of(torch.tensor([0, 1])), short, shape)
+    assert failure.value.message == "the forest has 2 tokens and hidden 3"
 
 
 def test_no_tokens() -> None:
@@ -278,9 +297,8 @@ def test_no_tokens() -> None:
     for dtype in (torch.float32, torch.float64):
         tables = model.rotary_emb(torch.zeros(1, dtype=torch.float64), torch.arange(1)[None])
         cosine, sine = (table[0].to(dtype) for table in tables)
-        at = torch.empty(0, dtype=torch.int64)
-        places = Places(forest=Forest.of(at), positions=at, cosine=cosine, sine=sine)
-        out = decoder_layer(random_hidden(0).to(dtype), narrowed(weights, dtype), places, shape)
+        nobody = Forest.of(torch.empty(0, dtype=torch.int64))
+        out = decoder_layer(random_hidden(0).to(dtype), narrowed(weights, dtype), nobody, (cosine, sine), shape)
         assert out.shape == (0, SIZES["hidden_size"])
 
 

@@ -88,12 +88,10 @@ def _run(kind: Kind, positions: list[int], hidden: Tensor, grad: Tensor) -> Resu
     dtype, (heads, kv_heads, d) = hidden.dtype, kind.heads
     at, weights = torch.tensor(positions), _weights(kind, dtype)
     angles = torch.arange(max(positions) + 1)[:, None] * torch.linspace(1, 0.01, d)
-    places = ops.Places(
-        forest=ops.Forest.of(at), positions=at, cosine=angles.cos().to(dtype), sine=angles.sin().to(dtype)
-    )
+    rotary = angles.cos().to(dtype), angles.sin().to(dtype)
     leaf = hidden.detach().clone().requires_grad_()
     shape = ops.LayerShape(heads=heads, kv_heads=kv_heads, head_size=d, eps=1e-6)
-    out = ops.decoder_layer(leaf, weights, places, shape, recompute=kind.recompute)
+    out = ops.decoder_layer(leaf, weights, ops.Forest.of(at), rotary, shape, recompute=kind.recompute)
     out.backward(grad)  # type: ignore[no-untyped-call]
     named = {field.name: getattr(weights, field.name) for field in dataclasses.fields(weights)}
     leaves = {"hidden": leaf} | {name: weight for name, weight in named.items() if weight is not None}

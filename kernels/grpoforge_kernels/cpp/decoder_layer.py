@@ -15,9 +15,10 @@ from torch.autograd.function import once_differentiable
 
 from grpoforge_kernels.cpp import loader, tree_attention
 from grpoforge_kernels.errors import KernelError
+from grpoforge_kernels.forest import Forest
 
 if TYPE_CHECKING:
-    from grpoforge_kernels.decoder_layer import LayerShape, LayerWeights, Places
+    from grpoforge_kernels.decoder_layer import LayerShape, LayerWeights, Rotary
 
 __all__ = ["decoder_layer", "rms_norm"]
 
@@ -103,29 +104,33 @@ def gate_back(gate_up: Tensor, grad: Tensor) -> Tensor:
     return d_gate_up
 
 
-def _rotation(qkv: Tensor, rotated: Tensor, weights: _Weights, places: Places, shape: LayerShape) -> _Rotation:
+def _rotation(
+    qkv: Tensor, rotated: Tensor, weights: _Weights, forest: Forest, rotary: Rotary, shape: LayerShape
+) -> _Rotation:
     return _Rotation(
         qkv.data_ptr(), rotated.data_ptr(), _address(weights.qkv_bias), _address(weights.q_norm),
-        _address(weights.k_norm), places.cosine.data_ptr(), places.sine.data_ptr(), places.positions.data_ptr(),
+        _address(weights.k_norm), *(table.data_ptr() for table in rotary), forest.positions.data_ptr(),
         len(qkv), shape.heads, shape.kv_heads, shape.head_size, shape.eps,
     )  # fmt: skip
 
 
-def rotated(qkv: Tensor, weights: _Weights, places: Places, shape: LayerShape) -> Tensor:
+def rotated(qkv: Tensor, weights: _Weights, forest: Forest, rotary: Rotary, shape: LayerShape) -> Tensor:
     """Queries, keys and values of ``qkv [N, (h + 2 k) d]`` with bias, norms and positions.
 
     In the place of ``qkv``, to which the bias is added, unless there are norms, whose gradient needs what they are of.
     """
     result = qkv if weights.q_norm is None else torch.empty_like(qkv)
-    _rotate(byref(_rotation(qkv, result, weights, places, shape)), torch.get_num_threads())
+    _rotate(byref(_rotation(qkv, result, weights, forest, rotary, shape)), torch.get_num_threads())
     return result
 
 
-def rotate_back(qkv: Tensor, grad: Tensor, weights: _Weights, places: Places, shape: LayerShape) -> list[Tensor]:
+def rotate_back(
+    qkv: Tensor, grad: Tensor, weights: _Weights, forest: Forest, rotary: Rotary, shape: LayerShape
+) -> list[Tensor]:
     """The gradient of `rotated` by ``qkv``, in the place of ``grad``; returns those by bias and norms."""
     width, head = qkv.shape[1], shape.head_size
     sums, parts = grad.new_empty(width + 2 * head), _parts(len(qkv), width + 2 * head)
-    task = _rotation(qkv, grad, weights, places, shape)
+    task = _rotation(qkv, grad, weights, forest, rotary, shape)
     _rotate_back(byref(task), parts.data_ptr(), sums.data_ptr(), torch.get_num_threads())
     return [sums[:width], sums[width : width + head], sums[width + head :]]
 
@@ -157,11 +162,11 @@ def _heads(qkv: Tensor, shape: LayerShape) -> tuple[Tensor, Tensor, Tensor]:
     return heads[:, :first], heads[:, first:last], heads[:, last:]
 
 
-def _forward(x: Tensor, w: _Weights, places: Places, shape: LayerShape) -> tuple[Tensor, _Kept]:
+def _forward(x: Tensor, w: _Weights, forest: Forest, rotary: Rotary, shape: LayerShape) -> tuple[Tensor, _Kept]:
     first, inverse = normed(x, w.norm, shape.eps)
     qkv = first @ w.qkv.t()
-    turned = rotated(qkv, w, places, shape)
-    attended, logsumexp = tree_attention.forward(*_heads(turned, shape), places.forest, shape.scale)
+    turned = rotated(qkv, w, forest, rotary, shape)
+    attended, logsumexp = tree_attention.forward(*_heads(turned, shape), forest, shape.scale)
     middle = torch.addmm(x, attended.flatten(1), w.out.t())
     second, mlp_inverse = normed(middle, w.mlp_norm, shape.eps)
     width = len(w.gate)
@@ -187,7 +192,7 @@ def _backward_mlp(
 
 
 def _backward(
-    grad: Tensor, x: Tensor, w: _Weights, kept: _Kept, places: Places, shape: LayerShape
+    grad: Tensor, x: Tensor, w: _Weights, kept: _Kept, forest: Forest, rotary: Rotary, shape: LayerShape
 ) -> tuple[Tensor, list[Tensor]]:
     inverse, qkv, turned, attended, logsumexp, middle, mlp_inverse, gate_up = kept
     d_middle, by_mlp = _backward_mlp(grad, w, middle, mlp_inverse, gate_up)
@@ -195,9 +200,9 @@ def _backward(
     d_out = d_middle.t() @ attended.flatten(1)
     d_qkv = torch.empty_like(turned)
     tree_attention.backward(
-        d_attended, *_heads(turned, shape), attended, logsumexp, places.forest, shape.scale, *_heads(d_qkv, shape)
+        d_attended, *_heads(turned, shape), attended, logsumexp, forest, shape.scale, *_heads(d_qkv, shape)
     )
-    by_rotation = rotate_back(qkv, d_qkv, w, places, shape)
+    by_rotation = rotate_back(qkv, d_qkv, w, forest, rotary, shape)
     d_x = d_qkv @ w.qkv
     d_norm, first = norm_back(x, w.norm, inverse, d_x, add=d_middle, again=True)
     assert first is not None
@@ -207,11 +212,11 @@ def _backward(
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, places: Places, shape: LayerShape, recompute: bool, *weights: Tensor | None
+        ctx: Any, x: Tensor, forest: Forest, rotary: Rotary, shape: LayerShape, recompute: bool, *weights: Tensor | None
     ) -> Tensor:
-        out, kept = _forward(x, _Weights(*weights), places, shape)  # type: ignore[arg-type]
+        out, kept = _forward(x, _Weights(*weights), forest, rotary, shape)  # type: ignore[arg-type]
         ctx.save_for_backward(x, *weights, *(() if recompute else kept))
-        ctx.places, ctx.shape = places, shape
+        ctx.layer = forest, rotary, shape
         return out
 
     @staticmethod
@@ -221,23 +226,30 @@ class _Layer(torch.autograd.Function):
         count = len(_Weights.__slots__)
         weights, kept = _Weights(*saved[:count]), tuple(saved[count:])
         if not kept:
-            _, kept = _forward(x, weights, ctx.places, ctx.shape)
-        d_x, by_weight = _backward(grad.contiguous(), x, weights, kept, ctx.places, ctx.shape)
+            _, kept = _forward(x, weights, *ctx.layer)
+        d_x, by_weight = _backward(grad.contiguous(), x, weights, kept, *ctx.layer)
         absent = [weight is None for weight in saved[:count]]
-        return d_x, None, None, None, *(None if gone else one for gone, one in zip(absent, by_weight, strict=True))
+        return (
+            d_x,
+            None,
+            None,
+            None,
+            None,
+            *(None if gone else one for gone, one in zip(absent, by_weight, strict=True)),
+        )
 
 
 def decoder_layer(
-    hidden: Tensor, weights: LayerWeights, places: Places, shape: LayerShape, *, recompute: bool
+    hidden: Tensor, weights: LayerWeights, forest: Forest, rotary: Rotary, shape: LayerShape, *, recompute: bool
 ) -> Tensor:
     """As `grpoforge_kernels.decoder_layer.decoder_layer`."""
     w = weights
     flat = (
         w.norm, torch.cat([w.q, w.k, w.v]), w.qkv_bias, w.q_norm, w.k_norm, w.out, w.mlp_norm, w.gate, w.up, w.down,
     )  # fmt: skip
-    _check(hidden, _Weights(*flat), places, shape)
+    _check(hidden, _Weights(*flat), forest, rotary, shape)
     plain = [None if one is None else one.contiguous() for one in flat]
-    result: Tensor = _Layer.apply(hidden.contiguous(), places, shape, recompute, *plain)  # type: ignore[no-untyped-call]
+    result: Tensor = _Layer.apply(hidden.contiguous(), forest, rotary, shape, recompute, *plain)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -263,7 +275,7 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     return result
 
 
-def _check(hidden: Tensor, weights: _Weights, places: Places, shape: LayerShape) -> None:
+def _check(hidden: Tensor, weights: _Weights, forest: Forest, rotary: Rotary, shape: LayerShape) -> None:
     """What C++ reads by address must be exactly what it takes it for.
 
     Raises:
@@ -277,8 +289,9 @@ def _check(hidden: Tensor, weights: _Weights, places: Places, shape: LayerShape)
         "up": (ffn, width), "down": (width, ffn),
     }  # fmt: skip
     given = {name: (getattr(weights, name), size) for name, size in expected.items()}
-    tables = (len(places.cosine), shape.head_size)
-    given |= {"cosine": (places.cosine, tables), "sine": (places.sine, tables), "hidden": (hidden, hidden.shape)}
+    cosine, sine = rotary
+    tables = (len(cosine), shape.head_size)
+    given |= {"cosine": (cosine, tables), "sine": (sine, tables), "hidden": (hidden, hidden.shape)}
     for name, (tensor, size) in given.items():
         if tensor is None:
             continue
@@ -287,10 +300,16 @@ def _check(hidden: Tensor, weights: _Weights, places: Places, shape: LayerShape)
             raise KernelError(f"{name} of a decoder layer is {said}, not float32 {list(size)} on the CPU")
     if (weights.q_norm is None) != (weights.k_norm is None):
         raise KernelError("a decoder layer has a norm of queries or of keys only, not of both or of none")
-    if places.positions.dtype != torch.int64 or places.positions.shape != hidden.shape[:1]:
-        raise KernelError(f"positions are {places.positions.dtype} {list(places.positions.shape)}, not int64 [N]")
-    if not all(one.is_contiguous() for one in (places.positions, places.cosine, places.sine)):
-        raise KernelError("positions and rotary tables of a decoder layer are not contiguous", "call contiguous() once")
+    if len(forest) != len(hidden):
+        raise KernelError(f"the forest has {len(forest)} tokens and hidden {len(hidden)}")
+    if forest.derived("depth", _depth) > len(cosine):
+        raise KernelError(f"the forest is {_depth(forest)} tokens deep, and rotary tables have {len(cosine)} positions")
+    if not (cosine.is_contiguous() and sine.is_contiguous()):
+        raise KernelError("rotary tables of a decoder layer are not contiguous", "call contiguous() once")
+
+
+def _depth(forest: Forest) -> int:
+    return int(forest.positions.max()) + 1 if len(forest) else 0
 
 
 def _check_arithmetic() -> None:
