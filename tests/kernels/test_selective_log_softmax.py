@@ -206,6 +206,25 @@ def test_a_maximum_that_rises_from_part_to_part(dtype: torch.dtype) -> None:
     bounds.assert_gradient(gradient, true, torch.full((4,), 1 / 0.7))
 
 
+@pytest.mark.parametrize("upstream", [1.0, 1e-4])
+@pytest.mark.parametrize("of_entropy", [0.0, 1.0])
+def test_gradients_too_small_for_a_normal_number_are_nothing(backend: str, upstream: float, of_entropy: float) -> None:
+    """Low temperatures spread logits this far, and processors take sixty times as long for subnormal numbers."""
+    smallest = torch.finfo(torch.float32).tiny
+    logits = torch.linspace(0, -110, 4000).repeat(2, 1).requires_grad_()
+    stats = selective_log_softmax(logits, torch.tensor([0, 3999]), 1.0)
+    (upstream * (stats.logprobs + of_entropy * stats.entropy)).sum().backward()
+    wide = logits.detach().double().requires_grad_()
+    exact = oracle(wide, torch.tensor([0, 3999]), 1.0)
+    (upstream * (exact.logprobs + of_entropy * exact.entropy)).sum().backward()
+    assert logits.grad is not None and wide.grad is not None
+    torch.testing.assert_close(logits.grad.double(), wide.grad, rtol=2e-5, atol=200 * smallest)
+    if backend == "cpp":
+        size = logits.grad.abs()
+        assert (size > 0).sum() > 4000
+        assert not ((size > 0) & (size < smallest)).any()
+
+
 @pytest.mark.parametrize("wrong", [math.nan, INF])
 def test_what_is_no_number_stays_in_its_row(wrong: float) -> None:
     logits, ids = case(4, 700, torch.float32)

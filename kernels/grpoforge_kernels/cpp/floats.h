@@ -51,6 +51,10 @@ INLINE Floats at_least_underflow(Floats d) { return d < -126.0f ? all(UNDERFLOW)
 INLINE Floats at_least_underflow(Floats d) { return larger(d, all(UNDERFLOW)); }
 #endif
 
+// d where its power of two counts, else a d whose power is exactly 0.
+template <typename Least>
+INLINE Floats at_least(Floats d, Least least) { return d < least ? all(UNDERFLOW) : d; }
+
 // Minimax polynomials of 2^f, for f in [0, 1) where the target has an instruction for it and in [-1/2, 1/2] elsewhere: of
 // relative error 1.6e-7 in float32, and 7.5e-5 for what is rounded to bfloat16 (2e-3) at once.
 #if REGISTER_BYTES == 64

@@ -150,11 +150,11 @@ void merge(const Sweep& in, const float* parts, const float* k, int64_t row, flo
 
 // What the gradients of rows by their scores are made of, and where they go. All of rows are [rows].
 struct Slopes {
-    const float *maximum, *k, *a, *c, *spike;
+    const float *maximum, *k, *a, *c, *spike, *least;
 
     INLINE_MEMBER Floats of(Floats score, int64_t row) const {
-        const Floats d = simd::at_least_underflow((score - load(maximum + row)) * load(k + row)), none = simd::all(0.0f);
-        const Floats a_here = load(a + row), c_here = load(c + row);
+        const Floats d = simd::at_least((score - load(maximum + row)) * load(k + row), load(least + row));
+        const Floats none = simd::all(0.0f), a_here = load(a + row), c_here = load(c + row);
         // A row without a gradient has none even where its scores are not numbers.
         const simd::Ints is_alive = (a_here != none) | (c_here != none) | (load(spike + row) != none);
         return is_alive ? simd::exp2_of(d) * (a_here + c_here * d) : none;
@@ -384,16 +384,17 @@ void grpoforge_linear_backward(
     const float* h, const float* l, float* hidden, uint16_t* weight, float* bias) {
 #ifdef HAS_PRODUCT
     const Sweep in(*linear);
-    const Aligned<float> rows(5 * in.rows);
+    const Aligned<float> rows(6 * in.rows);
     for (int64_t row = 0; row < in.rows; row++) {
-        Gradient one = {0.0f, 1.0f, 0.0f, 0.0f, 0.0f};
+        Gradient one = {0.0f, 1.0f, 0.0f, 0.0f, 0.0f, 0.0f};
         if (row < in.num_rows)
             one = coefficients_of(
                 {maximum[row], total[row], weighted[row], 0.0f}, in.inv_temperature[row], in.scale, g[row], h[row], l[row]);
-        const float values[] = {one.maximum, one.k, one.a, one.c, one.spike};
-        for (int64_t at = 0; at < 5; at++) rows[at * in.rows + row] = values[at];
+        const float values[] = {one.maximum, one.k, one.a, one.c, one.spike, one.least};
+        for (int64_t at = 0; at < 6; at++) rows[at * in.rows + row] = values[at];
     }
-    const Slopes slopes = {rows, rows + in.rows, rows + 2 * in.rows, rows + 3 * in.rows, rows + 4 * in.rows};
+    const auto of = [&](int64_t at) { return rows + at * in.rows; };
+    const Slopes slopes = {of(0), of(1), of(2), of(3), of(4), of(5)};
     backward(in, slopes, {hidden, weight, bias});
 #endif
 }

@@ -59,25 +59,32 @@ struct Scores {
     float softcap, scale;
 };
 
-// The gradient by a logit is (e (a + c d) + 1[v = y] spike) (1 - (z / softcap)^2), with d = (z - maximum) k and e = 2^d.
+// The gradient by a logit is (e (a + c d) + 1[v = y] spike) (1 - (z / softcap)^2), with d = (z - maximum) k and e = 2^d, or
+// e = 0 for d below `least`.
 struct Gradient {
-    float maximum, k, a, c, spike;
+    float maximum, k, a, c, spike, least;
 };
+
+// The least d whose terms e a and e c are normal numbers: processors take up to sixty times as long for others. What is
+// not finite has no such bound, and shows in all of its row.
+INLINE float least_exponent(float a, float c) {
+    if (!std::isfinite(a) || !std::isfinite(c)) return -INFINITY;
+    const float of_a = std::fabs(a), of_c = std::fabs(c);
+    int exponent;
+    std::frexp(of_c == 0.0f || (of_a != 0.0f && of_a < of_c) ? of_a : of_c, &exponent);  // at least 2^(exponent - 1)
+    return exponent < 1 ? -125.0f - static_cast<float>(exponent) : -126.0f;
+}
 
 // Where g, h and l are the derivatives by log-prob, entropy and logsumexp: s p (b + c ln p) with p = e / S and
 // ln p = d ln 2 - ln S.
 INLINE Gradient coefficients_of(const Stats& stats, float inv_temperature, float scale, float g, float h, float l) {
-    if (g == 0.0f && h == 0.0f && l == 0.0f) return {0.0f, 1.0f, 0.0f, 0.0f, 0.0f};
+    if (g == 0.0f && h == 0.0f && l == 0.0f) return {0.0f, 1.0f, 0.0f, 0.0f, 0.0f, 0.0f};
     const double s = inv_temperature, sum = stats.total, log_total = std::log(sum), by_logit = s * scale;
     const double entropy = log_total - stats.weighted / sum;
     const double c = -static_cast<double>(h), b = h == 0.0f ? double(l) - g : double(l) - g - h * entropy;
-    return {
-        stats.maximum,
-        inv_temperature * LOG2E,
-        static_cast<float>(by_logit / sum * (h == 0.0f ? b : b - c * log_total)),
-        static_cast<float>(by_logit / sum * c * LN2),
-        static_cast<float>(by_logit * g),
-    };
+    const float factor = static_cast<float>(by_logit / sum * (h == 0.0f ? b : b - c * log_total));
+    const float slope = static_cast<float>(by_logit / sum * c * LN2), spike = static_cast<float>(by_logit * g);
+    return {stats.maximum, inv_temperature * LOG2E, factor, slope, spike, least_exponent(factor, slope)};
 }
 
 }  // namespace grpoforge
