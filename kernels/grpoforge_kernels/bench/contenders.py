@@ -20,14 +20,15 @@ PLAIN_TORCH = "torch eager"
 class Contender:
     """One way to compute a case.
 
-    ``start`` binds it to a problem and returns its step; it imports what it needs and may compile. ``module`` is what
-    must be installed for it, ``devices`` where it runs. ``formula`` states the extra memory that an own mode promises,
-    in words and in bytes.
+    ``start`` binds it to a problem and returns its step; it imports what it needs and may compile. ``backend`` is the
+    one that a step of ours forces, ``module`` what must be installed for it, ``devices`` where it runs. ``formula``
+    states the extra memory that an own mode promises, in words and in bytes.
     """
 
     name: str
     start: Callable[[Problem], Step]
     ours: bool = False
+    backend: str = ""
     module: str = "torch"
     package: str = "torch"
     devices: tuple[str, ...] = ("cpu", "cuda")

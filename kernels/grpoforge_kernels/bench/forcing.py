@@ -12,12 +12,19 @@ from grpoforge_kernels import dispatch
 @contextlib.contextmanager
 def forced(backend: str) -> Iterator[None]:
     """Run the operations on one backend."""
-    before = os.environ.get(dispatch.VARIABLE)
-    os.environ[dispatch.VARIABLE] = backend
+    before = os.environ.get(dispatch.VARIABLE, "")
+    force(backend)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[dispatch.VARIABLE]
-        else:
-            os.environ[dispatch.VARIABLE] = before
+        force(before)
+
+
+def force(backend: str) -> None:
+    """Run the operations on ``backend`` from now on; on those they choose where it is empty."""
+    if os.environ.get(dispatch.VARIABLE, "") == backend:
+        return
+    if backend:
+        os.environ[dispatch.VARIABLE] = backend
+    else:
+        del os.environ[dispatch.VARIABLE]

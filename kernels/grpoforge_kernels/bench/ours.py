@@ -67,7 +67,9 @@ def _on(backend: str, mode: Contender) -> Contender:
 
         return run
 
-    named = replace(mode, name=f"{backend}, {mode.name}" if mode.name else backend, start=start, ours=True)
+    named = replace(
+        mode, name=f"{backend}, {mode.name}" if mode.name else backend, start=start, ours=True, backend=backend
+    )
     # The reference promises to be right, not to be small.
     return replace(named, formula="", formula_bytes=None) if backend == "reference" else named
 

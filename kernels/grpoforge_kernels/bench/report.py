@@ -16,13 +16,16 @@ What was not measured is null, and ``note`` says why.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from grpoforge_kernels import dispatch
 from grpoforge_kernels.bench import child, lineup, problems, tuning
 from grpoforge_kernels.bench.accuracy import BOUNDS, TIMES_PLAIN, Bound, Errors, errors
 from grpoforge_kernels.bench.contenders import PLAIN_TORCH, Contender, Step
+from grpoforge_kernels.bench.forcing import force, forced
 from grpoforge_kernels.bench.machine import commit, machine, today, versions
 from grpoforge_kernels.bench.measure import Runner, Timing, clock_of, copy_rate, gemm_rate, interleave
 from grpoforge_kernels.bench.plan import SECONDS_PER_CONTENDER, Case, Plan
@@ -126,10 +129,12 @@ def _measure_case(case: Case, plan: Plan, rates: Mapping[str, Any]) -> dict[str,
     if case.device == "cuda" and isinstance(problem, RowsProblem):
         tuning.tune(problem)
     rows, steps = _check(case, plan, problem)
-    runners = {name: Runner(step, problem.refill) for name, step in steps.items()}
-    timings = interleave(
-        runners, rounds=plan.num_rounds, limit=SECONDS_PER_CONTENDER[plan.effort], clock=clock_of(case.device)
-    )
+    backends = {one.name: one.backend for one in lineup.contenders(case, plan)}
+    runners = {name: Runner(step, _ready(problem, backends[name])) for name, step in steps.items()}
+    with forced(os.environ.get(dispatch.VARIABLE, "")):
+        timings = interleave(
+            runners, rounds=plan.num_rounds, limit=SECONDS_PER_CONTENDER[plan.effort], clock=clock_of(case.device)
+        )
     lead = next((row["name"] for row in rows if row["ours"] and row["name"] in timings), None)
     for row in rows:
         if row["name"] in timings:
@@ -151,6 +156,16 @@ def _measure_case(case: Case, plan: Plan, rates: Mapping[str, Any]) -> dict[str,
         "lead": lead,
         "rows": rows,
     }
+
+
+def _ready(problem: Problem, backend: str) -> Callable[[], None]:
+    """What comes before a timed run: the inputs anew, and the backend forced, which takes a while in ``os.environ``."""
+
+    def ready() -> None:
+        force(backend)
+        problem.refill()
+
+    return ready
 
 
 def _check(case: Case, plan: Plan, problem: Problem) -> tuple[list[dict[str, Any]], dict[str, Step]]:
