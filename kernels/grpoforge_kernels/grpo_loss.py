@@ -29,6 +29,7 @@ clip, kl, beta, softcap, scale, gradient, out) -> (sums, RowStats, dlogits [N, V
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -177,14 +178,13 @@ def _check_tokens(
     shape = like.shape
     if dtype not in (torch.float32, torch.float64) or len(shape) != num_axes:
         raise KernelError(f"log-probs are {dtype} {list(shape)}, not float32 or float64 [b, T]")
-    expected = {
-        "old_logprobs": (old_logprobs, dtype),
-        "ref_logprobs": (ref_logprobs, dtype),
-        "advantages": (advantages, dtype),
-        "mask": (mask, torch.bool),
-        "weights": (weights, torch.float64),
-    }
-    for name, (tensor, wanted) in expected.items():
+    for name, tensor, wanted in (
+        ("old_logprobs", old_logprobs, dtype),
+        ("ref_logprobs", ref_logprobs, dtype),
+        ("advantages", advantages, dtype),
+        ("mask", mask, torch.bool),
+        ("weights", weights, torch.float64),
+    ):
         if tensor is None:
             continue
         if tensor.dtype != wanted or tensor.shape != shape:
@@ -199,11 +199,14 @@ Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tens
 """Logits, ids and inverse temperatures; then as in `Tokens` from the old log-probs on."""
 
 
+def _module(values: Tensor) -> ModuleType:
+    return dispatch.backend(OP, values.device, values.dtype)
+
+
 def _forward(
     tensors: Tokens, clip: ClipOptions, kl: KLForm | None, beta: float, *, gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    module = dispatch.backend(OP, tensors[0].device, tensors[0].dtype)
-    results: tuple[Tensor, Tensor | None] = module.forward_backward(
+    results: tuple[Tensor, Tensor | None] = _module(tensors[0]).forward_backward(
         *tensors, clip=clip, kl=kl, beta=beta, gradient=gradient
     )
     return results
@@ -222,27 +225,22 @@ def _forward_logits(
 ) -> tuple[Tensor, TokenStats, Tensor | None]:
     logits, ids, inv_temperature, *_, mask, _ = tensors
     check_ids(ids, logits.shape[1], mask)
-    module = dispatch.backend(OP, logits.device, logits.dtype)
+    module = _module(logits)
     options = {"clip": clip, "kl": kl, "beta": beta, "softcap": softcap, "scale": scale}
     sums, stats, dlogits = module.from_logits(unit_columns(logits), *tensors[1:], **options, gradient=gradient, out=out)
     rows = dispatch.backend("selective_log_softmax", logits.device, logits.dtype)
     return sums, rows.finish(stats, inv_temperature), dlogits
 
 
-def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    scaled: Tensor = dispatch.backend(OP, gradient.device, gradient.dtype).scale_(gradient, factor)
-    return scaled
-
-
 class _GrpoLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         *tensors, clip, kl, beta = args
-        sums, ctx.gradient = _forward(tuple(tensors), clip, kl, beta, gradient=True)
+        ctx.module, ctx.options = _module(tensors[0]), {"clip": clip, "kl": kl, "beta": beta, "gradient": True}
+        sums, ctx.gradient = ctx.module.forward_backward(*tensors, **ctx.options)
         ctx.save_for_backward(*tensors)
-        ctx.options = (clip, kl, beta)
         ctx.mark_non_differentiable(sums)
-        return sums[0].clone(), sums
+        return torch.select_copy(sums, 0, 0), sums
 
     @staticmethod
     @once_differentiable
@@ -250,8 +248,8 @@ class _GrpoLoss(torch.autograd.Function):
         # The first backward gives the gradient away, which saves its memory; another one makes it anew.
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
-            _, gradient = _forward(ctx.saved_tensors, *ctx.options, gradient=True)
-        return (_scaled(gradient, upstream), *(None,) * 8)
+            _, gradient = ctx.module.forward_backward(*ctx.saved_tensors, **ctx.options)
+        return (ctx.module.scale_(gradient, upstream), *(None,) * 8)
 
 
 class _FromLogits(torch.autograd.Function):
@@ -278,7 +276,7 @@ class _FromLogits(torch.autograd.Function):
                 "use selective_log_softmax and grpo_loss to go back through the logits twice",
             )
         gradient, ctx.gradient = ctx.gradient, None
-        return (_scaled(gradient, upstream), *(None,) * 13)
+        return (_module(gradient).scale_(gradient, upstream), *(None,) * 13)
 
 
 _OPTIONS = "float epsilon_low, float epsilon_high, float? delta, float? dual_clip, str? kl, float beta"

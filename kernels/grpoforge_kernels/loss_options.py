@@ -13,6 +13,7 @@ from grpoforge_kernels.errors import KernelError
 
 KLForm = Literal["k1", "k2", "k3"]
 """Estimators of the KL to the reference that this operation computes."""
+KL_FORMS: tuple[str, ...] = get_args(KLForm)
 
 
 class GrpoLoss(NamedTuple):
@@ -66,7 +67,8 @@ class ClipOptions:
     @property
     def bound(self) -> float:
         """Largest ratio that counts where the advantage is negative; inf for none."""
-        return min(bound for bound in (self.delta, self.dual_clip, math.inf) if bound is not None)
+        delta = math.inf if self.delta is None else self.delta
+        return delta if self.dual_clip is None else min(delta, self.dual_clip)
 
 
 def _require(name: str, value: float, is_met: bool, interval: str) -> None:
@@ -78,10 +80,9 @@ def reference_for(kl: KLForm | None, ref_logprobs: Tensor | None) -> Tensor | No
     """``ref_logprobs`` if there is a KL term to read it."""
     if kl is None:
         return None
-    forms: tuple[str, ...] = get_args(KLForm)
-    if kl not in forms:
-        near = difflib.get_close_matches(kl, forms, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"the fused loss has {', '.join(forms)}"
+    if kl not in KL_FORMS:
+        near = difflib.get_close_matches(kl, KL_FORMS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the fused loss has {', '.join(KL_FORMS)}"
         raise KernelError(f"kl = {kl!r} is no KL of the fused loss", hint)
     if ref_logprobs is None:
         raise KernelError(f"kl = {kl!r} needs ref_logprobs, which is None", "pass kl=None for a loss without KL")

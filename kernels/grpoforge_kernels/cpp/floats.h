@@ -28,7 +28,7 @@ INLINE Floats all(float x) { return Floats{} + x; }
 INLINE Floats floats_of(Bits x) { return (Floats)x; }
 INLINE Bits bits_of(Floats x) { return (Bits)x; }
 
-// The larger of the two. Where x is NaN: `larger` gives NaN, `larger_number` gives y. (The instruction gives its second
+// The larger or smaller of the two. Where x is NaN: `larger` and `smaller` give NaN, `larger_number` gives y. (The instruction gives its second
 // operand; a compiler takes two for the expression.)
 #if REGISTER_BYTES == 64
 INLINE Floats larger_or_second(Floats x, Floats y) {
@@ -37,9 +37,15 @@ INLINE Floats larger_or_second(Floats x, Floats y) {
     return z;
 }
 INLINE Floats larger(Floats x, Floats y) { return larger_or_second(y, x); }
+INLINE Floats smaller(Floats x, Floats y) {
+    Floats z;
+    __asm__("vminps %2, %1, %0" : "=v"(z) : "v"(y), "v"(x));
+    return z;
+}
 INLINE Floats larger_number(Floats x, Floats y) { return larger_or_second(x, y); }
 #else
 INLINE Floats larger(Floats x, Floats y) { return x < y ? y : x; }
+INLINE Floats smaller(Floats x, Floats y) { return x > y ? y : x; }
 INLINE Floats larger_number(Floats x, Floats y) { return x > y ? x : y; }
 #endif
 
@@ -84,6 +90,19 @@ INLINE Floats power_of(Floats d, const float (&c)[terms]) {
     return power;
 #else
     return p * floats_of(bits_of(t) << 23);
+#endif
+}
+
+// x 2^n for whole n, rounded once, and not at all unless the result is subnormal.
+INLINE Floats times_power_of_two(Floats x, Floats n) {
+#if REGISTER_BYTES == 64
+    Floats scaled;
+    __asm__("vscalefps %2, %1, %0" : "=v"(scaled) : "v"(x), "v"(n));
+    return scaled;
+#else
+    // Two factors: neither leaves the range of normal numbers where the result may.
+    const Ints whole = __builtin_convertvector(n, Ints), half = whole >> 1;
+    return x * floats_of((Bits)(half + 127) << 23) * floats_of((Bits)(whole - half + 127) << 23);
 #endif
 }
 

@@ -7,8 +7,10 @@ threads; no result depends on how many there are.
 
 from __future__ import annotations
 
-from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from ctypes import c_char_p, c_float, c_int32, c_int64, c_void_p
+from struct import Struct
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -23,33 +25,21 @@ if TYPE_CHECKING:
 
 __all__ = ["forward_backward", "from_logits", "scale_"]
 
-BLOCK = 512
-"""Tokens that leave sums of their own: ``BLOCK`` of rows.h."""
 NUM_SUMS = 7
 KL_CODES = {None: 0, "k1": 1, "k2": 2, "k3": 3}
-
-
-class _Options(Structure):
-    _fields_ = (*((name, c_float) for name in ("low", "high", "bound", "beta")), ("kl", c_int32))
-
-
-_POINTERS = ("logprobs", "old", "ref", "advantages", "mask", "weights")
-_STRIDES = ("logprobs_row", "old_row", "ref_row", "advantages_row", "advantages_column", "mask_row", "weights_row")
-
-
-class _Tokens(Structure):
-    _fields_ = (
-        *((name, c_void_p) for name in _POINTERS),
-        *((name, c_int64) for name in (*_STRIDES, "num_rows", "num_columns")),
-    )
-
+_ADVANTAGES = 3
+"""Where they stand among the tensors of a loss."""
+_TOKENS = Struct("6P9q4fi0P")
+"""``GrpoTokens`` of grpo_loss.cpp: six addresses, seven strides and the shape, four options and the KL. Packed, and no
+`ctypes.Structure`: that takes as long as a quarter of the pass over 65,536 tokens."""
 
 _library = loader.library("losses")
 _loss = _library.grpoforge_grpo_loss
-_loss.argtypes, _loss.restype = (*(c_void_p,) * 5, c_int32), None
+_loss.argtypes, _loss.restype = (c_char_p, *(c_void_p,) * 2, c_int32), None
+_LOGITS = (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_float, c_float)
 _from_logits = _library.grpoforge_grpo_loss_from_logits
 _from_logits.argtypes, _from_logits.restype = (
-    (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_float, c_float, *(c_void_p,) * 7, c_int64, c_int32),
+    (*_LOGITS, c_char_p, *(c_void_p,) * 4, c_int64, c_int32),
     None,
 )
 
@@ -68,13 +58,11 @@ def forward_backward(
     gradient: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """As `grpoforge_kernels.reference.grpo_loss.forward_backward`, for ``[b, T]``."""
-    tokens, _held = _tokens(logprobs, old_logprobs, ref_logprobs, advantages, mask, weights)
+    tensors = logprobs, old_logprobs, ref_logprobs, advantages, mask, weights
+    tokens, _held = _tokens(tensors, clip, kl, beta)
     out = torch.empty_like(logprobs, memory_format=torch.contiguous_format) if gradient else None
-    sums, parts = _room(logprobs.numel())
-    _loss(
-        byref(tokens), byref(_options(clip, kl, beta)), sums.data_ptr(), parts.data_ptr(),
-        None if out is None else out.data_ptr(), _num_threads(logprobs),
-    )  # fmt: skip
+    sums = torch.empty(NUM_SUMS, dtype=torch.float64, device="cpu")
+    _loss(tokens, sums.data_ptr(), None if out is None else out.data_ptr(), _num_threads(logprobs))
     return sums, out
 
 
@@ -107,62 +95,36 @@ def from_logits(
     assert out is None or (out.shape == logits.shape and out.dtype == logits.dtype)
     assert out is None or out.stride(1) == 1 or num_tokens == 1
     logprobs, stats = inv_temperature.new_empty(num_rows), inv_temperature.new_empty(4, num_rows)
-    tokens, _held = _tokens(
-        logprobs[None], old_logprobs[None], None if ref_logprobs is None else ref_logprobs[None], advantages[None],
-        mask[None], weights[None],
-    )  # fmt: skip
-    sums, parts = _room(num_rows)
+    given = logprobs, old_logprobs, ref_logprobs, advantages, mask, weights
+    tokens, _held = _tokens([None if one is None else one[None] for one in given], clip, kl, beta)
+    sums = torch.empty(NUM_SUMS, dtype=torch.float64, device="cpu")
     _from_logits(
         logits.data_ptr(), logits.stride(0) * logits.element_size(), num_tokens, ids.data_ptr(),
-        inv_temperature.data_ptr(), FORMATS[logits.dtype], softcap or 0.0, scale, byref(tokens),
-        byref(_options(clip, kl, beta)), logprobs.data_ptr(), stats.data_ptr(), sums.data_ptr(), parts.data_ptr(),
-        None if out is None else out.data_ptr(), 0 if out is None else out.stride(0) * out.element_size(),
-        _num_threads(logits),
+        inv_temperature.data_ptr(), FORMATS[logits.dtype], softcap or 0.0, scale, tokens, logprobs.data_ptr(),
+        stats.data_ptr(), sums.data_ptr(), None if out is None else out.data_ptr(),
+        0 if out is None else out.stride(0) * out.element_size(), _num_threads(logits),
     )  # fmt: skip
     return sums, RowStats(*stats), out
 
 
 def _tokens(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    ref_logprobs: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor,
-    weights: Tensor,
-) -> tuple[_Tokens, tuple[Tensor, ...]]:
-    """The ``[b, T]`` tensors as C++ reads them by address, and what must live as long as it does.
+    tensors: Sequence[Tensor | None], clip: ClipOptions, kl: KLForm | None, beta: float
+) -> tuple[bytes, Sequence[Tensor | None]]:
+    """The ``[b, T]`` tensors as C++ reads them by address, with the options, and what must live as long as that.
 
     Only what has no neighbors in a row is copied; one advantage may stand for all of its row.
     """
-    shape = logprobs.shape
-    logprobs = _checked(logprobs, torch.float32, shape)
-    old_logprobs = _checked(old_logprobs, torch.float32, shape)
-    reference = None if ref_logprobs is None else _checked(ref_logprobs, torch.float32, shape)
-    is_expanded = advantages.stride(1) == 0
-    advantages = _checked(advantages, torch.float32, shape, copy=not is_expanded)
-    mask, weights = _checked(mask, torch.bool, shape), _checked(weights, torch.float64, shape)
-    tokens = _Tokens(
-        logprobs.data_ptr(), old_logprobs.data_ptr(), None if reference is None else reference.data_ptr(),
-        advantages.data_ptr(), mask.data_ptr(), weights.data_ptr(),
-        logprobs.stride(0), old_logprobs.stride(0), 0 if reference is None else reference.stride(0),
-        advantages.stride(0), 0 if is_expanded else 1, mask.stride(0), weights.stride(0), *shape,
+    held = [one if one is None or one.stride(1) == 1 else one.contiguous() for one in tensors]
+    if tensors[_ADVANTAGES].stride(1) == 0:  # type: ignore[union-attr]
+        held[_ADVANTAGES] = tensors[_ADVANTAGES]
+    logprobs, old, ref, advantages, mask, weights = cast("list[Tensor]", held)
+    packed = _TOKENS.pack(
+        logprobs.data_ptr(), old.data_ptr(), 0 if ref is None else ref.data_ptr(), advantages.data_ptr(),
+        mask.data_ptr(), weights.data_ptr(), logprobs.stride(0), old.stride(0), 0 if ref is None else ref.stride(0),
+        *advantages.stride(), mask.stride(0), weights.stride(0), *logprobs.shape,
+        1 - clip.epsilon_low, 1 + clip.epsilon_high, clip.bound, beta, KL_CODES[kl],
     )  # fmt: skip
-    return tokens, (logprobs, old_logprobs, advantages, mask, weights, *(() if reference is None else (reference,)))
-
-
-def _checked(tensor: Tensor, dtype: torch.dtype, shape: torch.Size, *, copy: bool = True) -> Tensor:
-    assert tensor.dtype is dtype and tensor.shape == shape and tensor.is_cpu
-    return tensor.contiguous() if copy and tensor.stride(1) != 1 else tensor
-
-
-def _options(clip: ClipOptions, kl: KLForm | None, beta: float) -> _Options:
-    return _Options(1 - clip.epsilon_low, 1 + clip.epsilon_high, clip.bound, beta, KL_CODES[kl])
-
-
-def _room(num_tokens: int) -> tuple[Tensor, Tensor]:
-    """Room for the sums, and for those of each block."""
-    num_blocks = -(-num_tokens // BLOCK)
-    return torch.empty(NUM_SUMS, dtype=torch.float64), torch.empty(NUM_SUMS * num_blocks, dtype=torch.float64)
+    return packed, held
 
 
 def _num_threads(work: Tensor) -> int:

@@ -1,5 +1,5 @@
-// The clipped loss and its KL term over a block of tokens, for the target that this file is included for (targets.h): as
-// many tokens at a time as a register holds floats. How ties split the gradient is in ../reference/grpo_loss.py.
+// The clipped loss and its KL term over a block of tokens, for the target that this file is included for (targets.h): as many
+// tokens at a time as a register holds floats. How ties split the gradient is in ../reference/grpo_loss.py.
 
 using grpoforge::GrpoOptions;
 using grpoforge::GrpoSums;
