@@ -9,7 +9,7 @@ With :math:`g, h, l` the derivatives of the loss by log-prob, entropy and logsum
 of `grpoforge_kernels.reference.selective_log_softmax`; rows where all three are 0, and masked rows, are left out of
 every product. The products are torch's and the row kernels are those of ``selective_log_softmax``. For bfloat16 on CPUs
 that multiply it, `grpoforge_kernels.cpp.linear` does the same in one pass, within the same memory: without a softcap,
-for at most 2048 rows. A frozen head then costs three products too, all in the forward.
+for at most 2048 rows.
 """
 
 from __future__ import annotations
@@ -271,30 +271,25 @@ def _op_backward(
     )
 
 
-def _sweeps(head: Head, rows: Rows, chunk_bytes: int) -> Any:
+def _sweeps(head: Head, rows: Rows, chunk_bytes: int, *, frozen: bool = False) -> Any:
     """The same in one pass of C++, where it is there for these; None where panels are multiplied one by one."""
     module = dispatch.bfloat16_sweeps() if head.operand == torch.bfloat16 and head.weight.device.type == "cpu" else None
     is_plain = head.softcap is None and head.weight.stride(1) == 1
     if module is None or not is_plain or not 0 < len(rows.ids) <= module.MOST_ROWS:
         return None
     sweeps = module.Sweeps(head.weight, head.bias, head.scale, rows, chunk_bytes)
-    return sweeps if sweeps.room_bytes() <= chunk_bytes else None
+    return sweeps if sweeps.room_bytes(frozen=frozen) <= chunk_bytes else None
 
 
 def _forward(head: Head, rows: Rows, chunk_bytes: int, frozen: bool) -> tuple[RowStats, Tensor | None]:
     """The statistics ``[N]`` and, for a frozen head, what makes its backward a row scaling, ``[N, H]``."""
-    sweeps = _sweeps(head, rows, chunk_bytes)
+    sweeps = _sweeps(head, rows, chunk_bytes, frozen=frozen)
     if sweeps is None:
         expectation = Expectation(head, len(rows.ids)) if frozen else None
         stats = forward(head, rows, Sweep(head, len(rows.ids), chunk_bytes), expectation=expectation)
         return stats, None if expectation is None else expectation.values.div_(stats.total[:, None])
-    stats = sweeps.forward()
-    if not frozen:
-        return stats, None
-    # Its gradient by logits is p - 1[v = y] p_y: that of the logsumexp, less the chosen token's.
-    chosen = finish(stats, rows.inv_temperature).logprobs.exp()
-    expectation, *_ = sweeps.backward(stats, (-chosen, torch.zeros_like(chosen), 1 - chosen), (True, False, False))
-    return stats, expectation
+    found: tuple[RowStats, Tensor | None] = sweeps.forward(frozen=frozen)
+    return found
 
 
 def _backward(

@@ -301,14 +301,19 @@ def test_bfloat16_products_are_summed_in_float32(num_rows: int, num_columns: int
 def sweeping(c: Case, by: int, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Results]:
     """`by_panels` in one pass of C++, which must be what runs, multiplying by what is named."""
     module, swept = dispatch.bfloat16_sweeps(), []
-    kind, backward = module.products.kind, module.Sweeps.backward
+    kind, forward, backward = module.products.kind, module.Sweeps.forward, module.Sweeps.backward
     monkeypatch.setattr(module.products, "kind", lambda: by)
-    monkeypatch.setattr(module.Sweeps, "backward", lambda *given: swept.append(1) or backward(*given))
+    monkeypatch.setattr(
+        module.Sweeps, "forward", lambda *given, frozen: swept.append(frozen) or forward(*given, frozen=frozen)
+    )
+    monkeypatch.setattr(module.Sweeps, "backward", lambda *given: swept.append("back") or backward(*given))
 
     def run(**options: bool) -> Results:
         swept.clear()
         found = by_panels(c, chunk_bytes=2**24, **options)
-        assert len(c.ids) == 1 or bool(swept) == (c.softcap is None)
+        entropy = bool(c.coefficients[1].any())
+        passes = [True, *["back"] * entropy] if options.get("frozen") else [False, "back"]
+        assert len(c.ids) == 1 or swept == (passes if c.softcap is None else [])
         return found
 
     assert kind() >= by
@@ -335,18 +340,31 @@ def test_one_pass_equals_the_oracle(shape: tuple[int, int, int], by: int, monkey
 
 
 @pytest.mark.skipif(not HAS_PRODUCTS, reason="the CPU has no bfloat16 products")
-def test_one_pass_gives_the_same_bits_on_any_number_of_threads() -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_one_pass_gives_the_same_bits_on_any_number_of_threads(frozen: bool) -> None:
     c = case(70, 5000, torch.bfloat16, 64)
+    if frozen:
+        c = replace(c, coefficients=c.coefficients * torch.tensor([[1.0], [0.0], [1.0]]))
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
-            found.append(by_panels(c, chunk_bytes=2**24))
+            found.append(by_panels(c, chunk_bytes=2**24, frozen=frozen))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
         for one, same in zip((*found[0][0], *found[0][1]), (*other[0], *other[1]), strict=True):
-            assert torch.equal(one, same)
+            assert one is same is None or torch.equal(one, same)
+
+
+@pytest.mark.skipif(not HAS_PRODUCTS, reason="the CPU has no bfloat16 products")
+def test_scores_that_rise_from_group_to_group_shrink_what_was_there() -> None:
+    """The forward of a frozen head, whose terms are relative to the highest score so far."""
+    c = case(40, 3000, torch.bfloat16, 32)
+    assert c.bias is not None
+    c = replace(c, bias=torch.linspace(-40, 40, 3000).bfloat16() + c.bias / 4, ids=c.ids % 600 + 2400)
+    for options in ({}, {"frozen": True}):
+        assert_close(by_panels(c, chunk_bytes=2**24, **options), oracle(c), BOUND[torch.bfloat16])
 
 
 @pytest.mark.skipif(not HAS_PRODUCTS, reason="the CPU has no bfloat16 products")
@@ -356,8 +374,11 @@ def test_one_pass_keeps_to_its_room_or_leaves_it_to_panels() -> None:
     rows = torch.zeros(512, 896, dtype=torch.bfloat16), torch.zeros(512, dtype=torch.int64), torch.ones(512)
     wide, narrow, least = (module.Sweeps(weight, None, 1.0, rows, size).room_bytes() for size in (2**24, 3 * 2**20, 1))
     assert least < narrow <= 3 * 2**20 < wide <= 2**24
+    assert 3 * 2**20 < module.Sweeps(weight, None, 1.0, rows, 2**24).room_bytes(frozen=True) <= 2**24
     head = linear_panels.Head(weight, None, None, 1.0)
     assert linear_logprobs_module._sweeps(head, linear_panels.Rows(*rows), 3 * 2**20) is not None
+    assert linear_logprobs_module._sweeps(head, linear_panels.Rows(*rows), 3 * 2**20, frozen=True) is None
+    assert linear_logprobs_module._sweeps(head, linear_panels.Rows(*rows), 2**24, frozen=True) is not None
     assert linear_logprobs_module._sweeps(head, linear_panels.Rows(*rows), least - 1) is None
 
 

@@ -49,14 +49,17 @@ INLINE void store(Floats x, float* y) { std::memcpy(y, &x, sizeof x); }
 struct Sweep : GrpoforgeLinear {
     int64_t rows, across, deep;  // num_rows in whole blocks; tiles along them; tiles along the hidden size
     int64_t strip = GROUP / 2;   // tokens whose scores are made at a time
-    int64_t panel;               // tokens by which hidden states' gradients grow at a time: strips for all threads
+    bool is_frozen;              // hidden states' gradients grow in the forward, whose groups are the same for all threads
+    int64_t panel;               // tokens by which they grow at a time: strips for all threads
     int64_t width;               // columns of these gradients that a thread makes at a time
 
-    explicit Sweep(const GrpoforgeLinear& given)
+    explicit Sweep(const GrpoforgeLinear& given, bool is_frozen = false)
         : GrpoforgeLinear(given), rows(rounded_up(num_rows, BLOCK)), across(rows / DEPTH), deep(tiles_of(hidden_size, DEPTH)),
-          panel(GROUP * tiles_of(num_threads, 2)),
+          is_frozen(is_frozen), panel(is_frozen ? GROUP : GROUP * tiles_of(num_threads, 2)),
           width(smaller(rounded_up(tiles_of(hidden_size, 2 * num_threads), BLOCK), MOST_COLUMNS)) {
-        const auto is_large = [&] { return strip * rows > STRIP_SIZE || strip * hidden_size > 2 * STRIP_SIZE; };
+        const auto is_large = [&] {
+            return strip * rows > STRIP_SIZE || strip * hidden_size > 2 * STRIP_SIZE || strip * num_threads > panel;
+        };
         while (strip > BLOCK && (is_large() || room_bytes() > chunk_bytes)) strip /= 2;
     }
 
@@ -67,11 +70,13 @@ struct Sweep : GrpoforgeLinear {
     // What a thread has room for: packed lines of a strip, scores, rounded slopes; the packed weight of its columns.
     int64_t lines_room() const { return strip / LANES * (deep > across ? deep : across) * TILE; }
     int64_t scores_room() const { return strip * stride(); }
+    int64_t group_room() const { return GROUP * stride(); }
     int64_t weight_room() const { return width / LANES * (panel / DEPTH) * TILE; }
     int64_t slopes_room() const { return rows / LANES * (panel / DEPTH) * TILE; }
     // All that is held beside factors, results and what each row has.
     int64_t room_bytes() const {
-        return num_threads * (2 * lines_room() + 6 * scores_room() + 2 * weight_room()) + 2 * slopes_room()
+        const int64_t scores = is_frozen ? 4 * group_room() : 6 * num_threads * scores_room();
+        return num_threads * (2 * lines_room() + 2 * weight_room()) + scores + 2 * slopes_room()
             + num_groups() * 3 * rows * int64_t{sizeof(float)};
     }
     int64_t hidden_lines() const { return 2 * tiles_of(hidden_size, BLOCK); }
@@ -254,6 +259,15 @@ void add_hidden_gradient(const Sweep& in, const Panel& panel, int64_t from, int6
                     smaller(panel.num_tiles - at, MOST_TILES), blocks + column * in.rows + row * BLOCK, BLOCK, true);
 }
 
+// Terms that a column's blocks hold so far, relative to what their rows are relative to now.
+void shrink(const Sweep& in, const float* by, float* blocks) {
+    for (int64_t row = 0; row < in.rows; row++, blocks += BLOCK) {
+        if (by[row] == 1.0f) continue;
+        store(load(blocks) * by[row], blocks);
+        store(load(blocks + LANES) * by[row], blocks + LANES);
+    }
+}
+
 void write_hidden_gradient(const Sweep& in, const float* blocks, int64_t column, float* out) {
     const Result result = {out, in.hidden_size, true, false};
     for (int64_t row = 0; row < in.num_rows; row += BLOCK)
@@ -262,12 +276,52 @@ void write_hidden_gradient(const Sweep& in, const float* blocks, int64_t column,
             smaller(in.hidden_size - column, BLOCK));
 }
 
+// What the forward of a frozen head carries from group to group: of each row, the highest score so far, and what makes the
+// terms relative to it of those that were relative to the one before. All [rows].
+struct Running {
+    float *highest, *by;
+
+    // The scores of a group and LANES rows: their sums go to `part`, [3, rows], and their weights 2^((score - highest) k) to
+    // the panel, 0 for the chosen token.
+    void add(
+        const Sweep& in, const Panel& panel, const float* scores, const float* k, int64_t row, float* part, float* chosen) const {
+        const int64_t count = smaller(GROUP, in.vocab_size - panel.start), stride = in.stride();
+        const Floats unit = load(k + row), before = load(highest + row);
+        Floats most = before;
+        for (int64_t at = 0; at < count; at++) most = simd::larger_number(load(scores + at * stride + row), most);
+        alignas(64) uint16_t narrow[GROUP * LANES] = {};
+        Floats sum = simd::all(0.0f), sum_of_products = sum;
+        for (int64_t at = 0; at < count; at++) {
+            const Floats d = simd::at_least_underflow((load(scores + at * stride + row) - most) * unit), e = simd::exp2_of(d);
+            const Halves halves = rounded(e);
+            std::memcpy(narrow + at * LANES, &halves, sizeof halves);
+            sum += e;
+            sum_of_products += e * d;
+        }
+        for (int64_t lane = 0; lane < LANES && row + lane < in.num_rows; lane++) {
+            const int64_t at = in.ids[row + lane] - panel.start;
+            if (at < 0 || at >= count) continue;
+            chosen[row + lane] = scores[at * stride + row + lane];
+            narrow[at * LANES + lane] = 0;
+        }
+        store(most, highest + row);
+        store(simd::exp2_of(simd::at_least_underflow((before - most) * unit)), by + row);
+        store(most, part + row);
+        store(sum, part + in.rows + row);
+        store(sum_of_products, part + 2 * in.rows + row);
+        const Matrix weights = {narrow, 1, LANES, false};
+        for (int64_t tile = 0; tile < panel.num_tiles; tile++)
+            pack_tile(
+                weights, 0, tile * DEPTH, LANES, DEPTH, false, panel.slopes + (row / LANES * panel.num_tiles + tile) * TILE);
+    }
+};
+
 // Hidden states as a second factor: by rows with a depth of the hidden size, and by the hidden size with a depth of rows.
 struct Factors {
     Aligned<uint16_t> columns, across;
     const Sweep& in;
-    explicit Factors(const Sweep& in)
-        : columns(in.rows / LANES * in.deep * TILE), across(in.hidden_lines() * in.across * TILE), in(in) {}
+    explicit Factors(const Sweep& in, bool has_across)
+        : columns(in.rows / LANES * in.deep * TILE), across(has_across ? in.hidden_lines() * in.across * TILE : 0), in(in) {}
 
     void pack_columns(int64_t line) const {
         const Matrix hidden = {in.hidden, in.hidden_row, 1, false};
@@ -280,7 +334,7 @@ struct Factors {
 };
 
 void forward(const Sweep& in, const float* k, float* parts, float* chosen) {
-    const Factors factors(in);
+    const Factors factors(in, false);
     const TileShapes shapes;
 #pragma omp parallel num_threads(in.num_threads) if (in.num_threads > 1)
     {
@@ -308,8 +362,48 @@ void forward(const Sweep& in, const float* k, float* parts, float* chosen) {
     }
 }
 
+// As `forward`, and into `expectation`, [num_rows, hidden_size], the sums over tokens of their weights by rows of the weight.
+void expect(const Sweep& in, const float* k, float* parts, float* chosen, float* expectation) {
+    const Factors factors(in, false);
+    const TileShapes shapes;
+    const int64_t columns = in.hidden_lines() * LANES;
+    const Aligned<uint16_t> weights(in.slopes_room());
+    const Aligned<float> blocks(in.rows * columns), scores(in.group_room()), rows(2 * in.rows);
+    const Running running = {rows, rows + in.rows};
+    for (int64_t row = 0; row < in.rows; row++) running.highest[row] = -FLT_MAX;
+#pragma omp parallel num_threads(in.num_threads) if (in.num_threads > 1)
+    {
+        const Aligned<uint16_t> lines(in.lines_room()), weight(in.weight_room());
+#pragma omp for schedule(dynamic)
+        for (int64_t line = 0; line < in.rows / LANES; line++) factors.pack_columns(line);
+#pragma omp for schedule(static)
+        for (int64_t column = 0; column < columns; column += BLOCK)
+            std::memset(blocks + column * in.rows, 0, in.rows * BLOCK * sizeof(float));
+        if (in.kind == AMX) __asm__ volatile("ldtilecfg %0" ::"m"(shapes));
+        for (int64_t start = 0; start < in.vocab_size; start += GROUP) {
+            const int64_t stop = smaller(start + GROUP, in.vocab_size);
+            const Panel panel = {start, tiles_of(stop - start, DEPTH), weights};
+#pragma omp for schedule(static)
+            for (int64_t token = start; token < stop; token += in.strip)
+                in.make_scores(token, factors.columns, lines, scores + (token - start) * in.stride());
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < in.rows; row += LANES)
+                running.add(in, panel, scores, k, row, parts + start / GROUP * 3 * in.rows, chosen);
+#pragma omp for schedule(static)
+            for (int64_t column = 0; column < columns; column += in.width) {
+                const int64_t end = smaller(column + in.width, columns);
+                for (int64_t at = column; at < end; at += BLOCK) shrink(in, running.by, blocks + at * in.rows);
+                add_hidden_gradient(in, panel, column, end, weight, blocks);
+            }
+        }
+        if (in.kind == AMX) __asm__ volatile("tilerelease" ::);
+#pragma omp for schedule(static)
+        for (int64_t column = 0; column < columns; column += BLOCK) write_hidden_gradient(in, blocks, column, expectation);
+    }
+}
+
 void backward(const Sweep& in, const Slopes& slopes, const Gradients& into) {
-    const Factors factors(in);
+    const Factors factors(in, into.weight);
     const TileShapes shapes;
     const int64_t columns = into.hidden ? in.hidden_lines() * LANES : 0;
     const Aligned<uint16_t> panel_slopes(into.hidden ? in.slopes_room() : 0);
@@ -322,7 +416,7 @@ void backward(const Sweep& in, const Slopes& slopes, const Gradients& into) {
 #pragma omp for schedule(dynamic)
         for (int64_t line = 0; line < in.rows / LANES; line++) factors.pack_columns(line);
 #pragma omp for schedule(dynamic)
-        for (int64_t line = 0; line < in.hidden_lines(); line++) factors.pack_across(line);
+        for (int64_t line = 0; line < (into.weight ? in.hidden_lines() : 0); line++) factors.pack_across(line);
 #pragma omp for schedule(static)
         for (int64_t column = 0; column < columns; column += BLOCK)
             std::memset(blocks + column * in.rows, 0, in.rows * BLOCK * sizeof(float));
@@ -357,22 +451,23 @@ extern "C" {
 
 // What the two below hold beside 12 bytes for each hidden state, results and numbers of rows: at most chunk_bytes, if they
 // can do with so little.
-int64_t grpoforge_linear_room(const GrpoforgeLinear* linear) {
+int64_t grpoforge_linear_room(const GrpoforgeLinear* linear, int32_t is_frozen) {
 #ifdef HAS_PRODUCT
-    return Sweep(*linear).room_bytes();
+    return Sweep(*linear, is_frozen).room_bytes();
 #else
     return 0;
 #endif
 }
 
-// Statistics of rows, as grpoforge_row_stats makes them of all logits.
+// Statistics of rows, as grpoforge_row_stats makes them of all logits; and, unless `expectation` is null, which is contiguous,
+// the sums over all tokens but the chosen one of e^((score - maximum) / temperature) by the token's row of the weight.
 void grpoforge_linear_forward(
-    const GrpoforgeLinear* linear, float* maximum, float* total, float* weighted, float* chosen) {
+    const GrpoforgeLinear* linear, float* maximum, float* total, float* weighted, float* chosen, float* expectation) {
 #ifdef HAS_PRODUCT
-    const Sweep in(*linear);
+    const Sweep in(*linear, expectation);
     const Aligned<float> k(in.rows), parts(in.num_groups() * 3 * in.rows);
     for (int64_t row = 0; row < in.rows; row++) k[row] = row < in.num_rows ? in.inv_temperature[row] * LOG2E : 1.0f;
-    forward(in, k, parts, chosen);
+    expectation ? expect(in, k, parts, chosen, expectation) : forward(in, k, parts, chosen);
     for (int64_t row = 0; row < in.num_rows; row++) merge(in, parts, k, row, maximum, total, weighted);
 #endif
 }

@@ -35,9 +35,9 @@ class _Linear(Structure):
 
 _library = loader.library("losses")
 _room = _library.grpoforge_linear_room
-_room.argtypes, _room.restype = (c_void_p,), c_int64
+_room.argtypes, _room.restype = (c_void_p, c_int32), c_int64
 _forward = _library.grpoforge_linear_forward
-_forward.argtypes, _forward.restype = (c_void_p,) * 5, None
+_forward.argtypes, _forward.restype = (c_void_p,) * 6, None
 _backward = _library.grpoforge_linear_backward
 _backward.argtypes, _backward.restype = (c_void_p,) * 10, None
 
@@ -66,16 +66,26 @@ class Sweeps:
             chunk_bytes, scale, products.kind(), products.num_threads(num_rows * hidden_size * vocab_size),
         )  # fmt: skip
 
-    def room_bytes(self) -> int:
-        """What a sweep holds beside rows and results; no more than ``chunk_bytes`` unless it needs that."""
-        wide_bias = 0 if self._read[2] is None else 4 * len(self._read[2])
-        return int(_room(byref(self._linear))) + wide_bias
+    def room_bytes(self, *, frozen: bool = False) -> int:
+        """What a sweep holds beside rows and results; no more than ``chunk_bytes`` unless it needs that.
 
-    def forward(self) -> RowStats:
-        """The statistics ``[N]`` of each row of logits."""
-        stats = RowStats(*(torch.empty(self._linear.num_rows, dtype=torch.float32, device="cpu") for _ in range(4)))
-        _forward(byref(self._linear), *map(_address, stats))
-        return stats
+        The forward of a frozen head holds the logits of 512 tokens.
+        """
+        wide_bias = 0 if self._read[2] is None else 4 * len(self._read[2])
+        return int(_room(byref(self._linear), frozen)) + wide_bias
+
+    def forward(self, *, frozen: bool) -> tuple[RowStats, Tensor | None]:
+        """The statistics ``[N]`` of each row of logits; for a frozen head also `linear_panels.Expectation`, ``[N, H]``.
+
+        The weights of that are rounded to bfloat16 before they meet the rows of the head's weight, as slopes are.
+        """
+        shape = self._read[0].shape
+        stats = RowStats(*(torch.empty(shape[0], dtype=torch.float32, device="cpu") for _ in range(4)))
+        expectation = torch.empty(shape, dtype=torch.float32, device="cpu") if frozen else None
+        _forward(byref(self._linear), *map(_address, (*stats, expectation)))
+        if expectation is not None:
+            expectation.mul_((self._read[4] * self._linear.scale / stats.total)[:, None])
+        return stats, expectation
 
     def backward(
         self, stats: RowStats, upstream: Sequence[Tensor], needs: Sequence[bool]
