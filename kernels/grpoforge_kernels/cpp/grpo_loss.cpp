@@ -105,7 +105,8 @@ GrpoSums block_sums(const GrpoTokens& tokens, int64_t start, int64_t n, float* g
     float slopes[BLOCK];
     if (is_whole) return grpo_sums(at_token(tokens, row, column), n, tokens.options, gradient ? gradient : slopes);
     Gathered gathered;
-    const GrpoSums sums = grpo_sums(gather(tokens, start, n, gathered), BLOCK, tokens.options, slopes);
+    const int64_t whole = (n + target::LANES - 1) / target::LANES * target::LANES;
+    const GrpoSums sums = grpo_sums(gather(tokens, start, n, gathered), whole, tokens.options, slopes);
     if (gradient) copy(slopes, n, gradient);
     return sums;
 }
