@@ -80,7 +80,8 @@ Run = Callable[[Case], Results]
 
 def leaves(c: Case, dtype: torch.dtype | None = None, frozen: bool = False) -> list[Tensor | None]:
     inputs = [c.hidden, c.weight, c.bias]
-    wide = [None if one is None else one.detach().to(dtype or one.dtype).clone() for one in inputs]
+    # A clone of a tensor with gaps has none.
+    wide = [None if one is None else one.detach().to(dtype or one.dtype) for one in inputs]
     return [one if one is None or (frozen and at) else one.requires_grad_() for at, one in enumerate(wide)]
 
 
@@ -163,6 +164,31 @@ def test_every_size(num_rows: int, vocab_size: int) -> None:
     expected = oracle(c)
     for found in (by_panels(c), by_panels(c, frozen=True), by_rows(c)):
         assert_close(found, expected, 2e-6)
+
+
+def apart(matrix: Tensor) -> Tensor:
+    """The same numbers, every other one in memory."""
+    return matrix.repeat_interleave(2, dim=1)[:, ::2]
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rows apart": lambda matrix: torch.cat([matrix, matrix], dim=1)[:, : matrix.shape[1]],
+    "transposed": lambda matrix: matrix.t().contiguous().t(),
+    "apart": apart,
+    "apart and transposed": lambda matrix: apart(matrix.t().contiguous()).t(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("which", ["hidden", "weight", "both"])
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_every_layout_equals_the_oracle(layout: str, which: str, dtype: torch.dtype) -> None:
+    c = case(dtype=dtype)
+    names = ("hidden", "weight") if which == "both" else (which,)
+    strided = replace(c, **{name: LAYOUTS[layout](getattr(c, name)) for name in names})
+    expected = oracle(c)
+    for run in (by_panels, partial(by_panels, frozen=True), partial(by_panels, chunk_bytes=2**24), by_rows):
+        assert_close(run(strided), expected, BOUND[dtype])
 
 
 @settings(max_examples=40, deadline=None)
