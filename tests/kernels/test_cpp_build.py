@@ -204,7 +204,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setenv("GRPOFORGE_CACHE", str(tmp_path))
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(KernelError, match=r"cannot be kept in .*kernels/losses-\w+: Read-only file system") as caught:
+    with pytest.raises(KernelError, match=r"cannot be kept in .*kernels: Read-only file system") as caught:
         build.library("losses")
     assert caught.value.hint == "set GRPOFORGE_CACHE to a folder that can be written"
 
@@ -238,21 +238,23 @@ def test_a_compiler_without_openmp_gets_one_thread(
 
 @needs_compiler
 def test_what_the_library_depends_on_is_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = build.find_compiler()
+    def key_of(name: str, *flags: str) -> str:
+        return build._key((*build.find_compiler(), *flags), name, tmp_path)
+
     copy = Path(shutil.copytree(build.SOURCES, tmp_path / "cpp"))
     monkeypatch.setattr(build, "SOURCES", copy)
-    key = build._key(compiler, "losses")
-    assert build._key(compiler, "losses") == key and len(key) == 32
-    assert build._key((*compiler, "-g"), "losses") != key
-    assert build._key(compiler, "decode") != key
+    key = key_of("losses")
+    assert key_of("losses") == key and len(key) == 32
+    assert key_of("losses", "-g") != key
+    assert key_of("decode") != key
     (copy / "decode.cpp").write_text("of the other library")
-    assert build._key(compiler, "losses") == key
+    assert key_of("losses") == key
     for file in ("products.cpp", "floats.h"):
         (copy / file).write_text("another")
-        assert build._key(compiler, "losses") != key
-        key = build._key(compiler, "losses")
+        assert key_of("losses") != key
+        key = key_of("losses")
     monkeypatch.setattr(build, "_cpu_flags", lambda: "flags: sse2")
-    assert build._key(compiler, "losses") != key
+    assert key_of("losses") != key
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +283,19 @@ def test_a_user_without_a_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert caught.value.hint == "set GRPOFORGE_CACHE to a folder that can be written"
 
 
-def test_a_compiler_is_asked_away_from_the_sources(tmp_path: Path) -> None:
+def test_a_compiler_is_asked_away_from_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it leaves where it runs must not lie among them."""
-    build._key((script(tmp_path / "compiler", f"pwd > {tmp_path}/place"),), "losses")
-    assert (tmp_path / "place").read_text().strip() != str(build.SOURCES)
+    monkeypatch.setenv("CXX", script(tmp_path / "compiler", f"pwd > {tmp_path}/place; exit 1"))
+    monkeypatch.setenv("GRPOFORGE_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(KernelError, match="it says nothing"):
+        build.library("losses")
+    assert (tmp_path / "place").read_text().strip() == str(tmp_path / "cache" / "kernels")
+
+
+@needs_compiler
+def test_without_a_temporary_folder_it_builds(tmp_path: Path) -> None:
+    # After torch, which may bring dill, which asks for one too.
+    nowhere = "import tempfile, torch\ntempfile.tempdir, tempfile._candidate_tempdir_list = None, lambda: []\n"
+    gone = str(tmp_path / "nowhere")
+    found = run(nowhere + on("sse2"), TMPDIR=gone, TMP=gone, TEMP=gone, GRPOFORGE_CACHE=str(tmp_path / "cache"))
+    assert found == ("cpp", EXPECTED, [])
