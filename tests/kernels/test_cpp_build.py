@@ -278,7 +278,7 @@ def test_a_user_without_a_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.delenv("GRPOFORGE_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "expanduser", nowhere)
-    with pytest.raises(KernelError, match=r"the C\+\+ kernels cannot be kept: this user has no home folder") as caught:
+    with pytest.raises(KernelError, match="this user has no home folder to keep kernels in") as caught:
         build.library("losses")
     assert caught.value.hint == "set GRPOFORGE_CACHE to a folder that can be written"
 

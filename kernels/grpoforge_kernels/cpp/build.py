@@ -90,7 +90,7 @@ def cache_folder() -> Path:
         home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
     except RuntimeError as error:
         hint = f"set {CACHE_VARIABLE} to a folder that can be written"
-        raise KernelError("the C++ kernels cannot be kept: this user has no home folder", hint) from error
+        raise KernelError("this user has no home folder to keep kernels in", hint) from error
     return Path(home).absolute() / "grpoforge" / "kernels"
 
 
