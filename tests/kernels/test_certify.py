@@ -259,3 +259,41 @@ def test_a_flipped_sign_in_the_source_is_seen(flipped: bool, answer: str, tmp_pa
     )
     assert done.stdout.strip() == answer, done.stderr
     assert ("the cpp kernels are not used: they are wrong on this machine" in done.stderr) == flipped
+
+
+GENERATION = """
+import logging, sys
+logging.basicConfig(format="%(message)s")
+from grpoforge_kernels.cpp import build
+{change}
+from grpoforge_kernels import certify
+from grpoforge_kernels.bench import adversarial
+result = certify.certify("cpp", "cpu")
+print(type(result).__name__, getattr(result, "reason", result.num_checks == len([*adversarial.checks("cpu")])))
+"""
+GENERATIONS = {
+    **{
+        options[0]: f"build._cpu_flags = lambda: {' '.join(sorted(flags))!r}" for options, flags in build.LEVELS.items()
+    },
+    "plain": 'build._variants = lambda: (("-fopenmp", build.PLAIN),)',
+    "plain, one thread": 'build._variants = lambda: (("-fopenmp-simd", build.PLAIN),)',
+}
+
+
+@pytest.mark.slow
+@pytest.mark.needs_compiler
+@pytest.mark.parametrize("generation", list(GENERATIONS))
+def test_every_generation_of_processors_is_certified(generation: str, tmp_path: Path) -> None:
+    """Where this machine can run it: instructions of a generation that it lacks would kill the process."""
+    needed = next((flags for options, flags in build.LEVELS.items() if options[0] == generation), set())
+    if not needed <= set(build._cpu_flags().split()):
+        pytest.skip(f"this processor has not all of {sorted(needed)}")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", GENERATION.format(change=GENERATIONS[generation])],
+        env={**os.environ, build.CACHE_VARIABLE: str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout, done.stderr) == ("Certificate True\n", "")
