@@ -64,7 +64,7 @@ def linear_loss(
         KernelError: as `linear_logprobs`; chunks that overlap or leave the rows; a loss that is no scalar or needs the
             gradient of another tensor; a second backward.
     """
-    check_inputs(hidden, weight, bias, ids, mask, softcap)
+    check_inputs(hidden, weight, bias, ids, mask, softcap, scale)
     rows_of_chunks = _checked_chunks(chunks, len(ids))
     inv_temperature = inverse_temperature(temperature, hidden)
     check_ids(ids, len(weight), mask)

@@ -213,6 +213,9 @@ def test_compiled_it_gives_the_same(compiler: str, kernels: str) -> None:
         ({"softcap": 0.0}, "softcap = 0.0 is not a positive number"),
         ({"softcap": -5.0}, "softcap = -5.0 is not a positive number"),
         ({"softcap": math.nan}, "softcap = nan is not a positive number"),
+        ({"scale": 0.0}, "scale = 0.0 is not a positive number"),
+        ({"scale": -1.0}, "scale = -1.0 is not a positive number"),
+        ({"scale": math.inf}, "scale = inf is not a positive number"),
     ],
 )
 def test_what_does_not_fit_is_refused(changed: dict[str, Any], message: str, run: Run) -> None:
