@@ -84,7 +84,9 @@ def linear_logprobs(
         scale: factor on the logits.
         chunk_bytes: what a panel of the vocabulary may take; by default 16 MiB for 8 threads of a CPU
             (their cache), else 512 MiB.
-        skip_zero_rows: False computes also what is multiplied by 0, to measure what skipping saves.
+        skip_zero_rows: False computes also what is multiplied by 0, to measure what skipping saves. What is skipped are
+            exact zeros, so gradients differ by no more than the order in which products of other sizes are summed,
+            which is within their bounds, and those of hidden states and bias in one pass of C++ by no bit.
 
     Returns:
         `TokenStats`, ``[N]`` each, float32 (float64 for float64 inputs).

@@ -228,6 +228,51 @@ def test_two_that_build_at_once_get_one_library(tmp_path: Path, monkeypatch: pyt
 
 
 @needs_compiler
+def test_a_library_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRPOFORGE_CACHE", str(tmp_path))
+    replace, seen = os.replace, []
+
+    def broken(linked: Path, built: Path) -> None:
+        seen.append((linked.is_file(), built.exists()))
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(build.os, "replace", broken)
+    with pytest.raises(KernelError, match="No space left on device"):
+        build.library("losses")
+    assert seen == [(True, False)], "linked beside its place, which is empty until then"
+    (folder,) = (tmp_path / "kernels").iterdir()
+    assert [path.name for path in folder.iterdir()] == ["lock"]
+    monkeypatch.setattr(build.os, "replace", replace)
+    assert build.library("losses").is_file(), "what was left is in nobody's way"
+
+
+THREADS = """
+import importlib, os
+import torch
+torch.set_num_threads(1)
+for op in ("selective_log_softmax", "decoder_layer", "decode"):
+    importlib.import_module(f"grpoforge_kernels.cpp.{op}")
+from grpoforge_kernels.ops import selective_log_softmax
+logits, ids, counts = torch.randn(64, 20_000), torch.arange(64), []
+for threads in (1, 3, 2):
+    torch.set_num_threads(threads)
+    selective_log_softmax(logits, ids, 1.0)
+    counts.append(len(os.listdir("/proc/self/task")))
+loaded = {line.split()[-1] for line in open("/proc/self/maps") if "omp" in os.path.basename(line.split()[-1])}
+print([count - counts[0] for count in counts], len(loaded))
+"""
+
+
+@needs_compiler
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_threads_are_as_many_as_torch_has_and_of_its_runtime() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS], env={**os.environ, "OMP_NUM_THREADS": "8"}, capture_output=True, text=True
+    )
+    assert done.stdout == "[0, 2, 1] 1\n", done.stderr
+
+
+@needs_compiler
 def test_a_compiler_without_openmp_gets_one_thread(
     tmp_path: Path, anew: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -716,6 +716,30 @@ def test_checkpointing_gives_the_same_gradient() -> None:
     assert expected.any() and gradient.equal(expected)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_checkpointing_from_logits_gives_the_same_gradient(overwrite: bool) -> None:
+    logits, ids, temperature, tokens = logits_case(12, 40, torch.float32)
+    options = {"mask": tokens.mask, **PLAIN, "kl": "k3", "beta": 0.1, "overwrite_logits": overwrite}
+
+    def loss(logits: Tensor) -> Tensor:
+        tensors = (tokens.old, tokens.ref, tokens.advantages, tokens.weights)
+        return grpo_loss_from_logits(logits * 1, ids, temperature, *tensors, **options)[0].loss
+
+    leaf = logits.requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    (gradient,) = torch.autograd.grad(checkpoint(loss, leaf, use_reentrant=False), leaf)
+    assert expected.any() and gradient.equal(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_all_rows_of_logits_masked(dtype: torch.dtype) -> None:
+    logits, ids, temperature, tokens = logits_case(7, 40, dtype, kept=0.0)
+    junk = torch.full_like(logits, math.nan)
+    result, stats, gradient = run_fused((junk, ids - 100, temperature, tokens), **PLAIN, kl="k3", beta=0.1)
+    assert [float(value) for value in result] == [0.0] * 7
+    assert not any(values.any() for values in (*stats, gradient))
+
+
 # --- torch's own tools -----------------------------------------------------------------------------------------------
 
 
