@@ -760,7 +760,8 @@ def test_opcheck_from_logits() -> None:
     torch.library.opcheck(operator, (logits.requires_grad_(), ids, temperature, *tensors, *options))
 
 
-def test_compiled_whole() -> None:
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_whole(compiler: str) -> None:
     tokens = drawn(3, 50).to(torch.float32)
     options = {**PLAIN, "kl": "k3", "beta": 0.1}
     tensors = (tokens.old, tokens.ref, tokens.advantages, tokens.mask, tokens.weights)
@@ -769,7 +770,7 @@ def test_compiled_whole() -> None:
         result = grpo_loss(logprobs * 1, *tensors, **options)
         return 3 * result.loss, result.region_sum
 
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(step, fullgraph=True, backend=compiler, dynamic=True)
     for run in (step, compiled):
         leaf = tokens.logprobs.clone().requires_grad_()
         loss, region = run(leaf)
@@ -780,7 +781,8 @@ def test_compiled_whole() -> None:
         )
 
 
-def test_compiled_whole_from_logits() -> None:
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_whole_from_logits(compiler: str) -> None:
     logits, ids, temperature, tokens = logits_case(12, 40, torch.float32)
     options = {**PLAIN, "kl": "k3", "beta": 0.1, "softcap": 9.0, "scale": 0.7}
 
@@ -792,7 +794,7 @@ def test_compiled_whole_from_logits() -> None:
         return 2 * result.loss, stats.entropy
 
     leaf = logits.clone().requires_grad_()
-    loss, entropy = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)(leaf)
+    loss, entropy = torch.compile(step, fullgraph=True, backend=compiler, dynamic=True)(leaf)
     result, stats, gradient = run_fused((logits, ids, temperature, tokens), **options)
     torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], gradient)
-    assert float(loss) == pytest.approx(2 * float(result.loss)) and entropy.equal(stats.entropy)
+    assert float(loss.detach()) == pytest.approx(2 * float(result.loss)) and entropy.equal(stats.entropy)

@@ -729,7 +729,8 @@ def test_opcheck() -> None:
         torch.library.opcheck(torch.ops.grpoforge.linear_logprobs_backward.default, (*detached[:-1], *saved))
 
 
-def test_compile_whole_graph() -> None:
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compile_whole_graph(compiler: str) -> None:
     c = case()
 
     def step(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -737,7 +738,7 @@ def test_compile_whole_graph() -> None:
         return (stats.logprobs.exp() + 0.1 * stats.entropy).sum()
 
     gradients = []
-    for run in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
+    for run in (step, torch.compile(step, backend=compiler, fullgraph=True)):
         hidden, weight, _ = leaves(c)
         run(hidden, weight).backward()
         gradients.append((hidden.grad, weight.grad))

@@ -462,7 +462,8 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.grpoforge.selective_log_softmax.default, arguments)
 
 
-def test_compile_takes_it_in_one_graph_and_keeps_the_logits() -> None:
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compile_takes_it_in_one_graph_and_keeps_the_logits(compiler: str) -> None:
     logits, ids = case(4, 50, torch.float32)
 
     def loss(z: Tensor) -> Tensor:
@@ -475,7 +476,7 @@ def test_compile_takes_it_in_one_graph_and_keeps_the_logits() -> None:
         return (results.logprobs * results.entropy + results.logsumexp).sum() + (z * 2).square().sum()
 
     first, second = (logits.clone().requires_grad_() for _ in range(2))
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(first)
+    compiled = torch.compile(loss, fullgraph=True, backend=compiler)(first)
     expected = eager(second)
     assert float(compiled.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
     compiled.backward()  # type: ignore[no-untyped-call]
