@@ -121,6 +121,15 @@ def check_nothing_but_statistics_is_stored():
     assert kernels.linear_stats(hidden[:0], *problem[1:2], *(one[:0] for one in problem[2:])).total.shape == (0,)
 
 
+def check_offsets_beyond_31_bits():
+    # In float32: what is narrower is copied for the interpreter. Of all these addresses only the rows are ever touched.
+    hidden, weight, *others = draw(70, 70, 16)
+    stride = 2**31 // 69 + 16
+    far = torch.empty(69 * stride + 16).as_strided((70, 16), (stride, 1))
+    compare(hidden, far.copy_(weight), *others)
+    compare(far.copy_(hidden), weight, *others)
+
+
 def check_unaligned_and_transposed_operands():
     hidden, weight, ids, inv_temperature = draw()
     compare(torch.randn(5, 47)[:, 3:43].copy_(hidden), torch.randn(40, 300).copy_(weight.T).T, ids, inv_temperature)
