@@ -16,7 +16,8 @@ A class states a fact as a class attribute, a function through `declares`. Known
     ``right_in_reward``  KL estimator: as a reward its policy gradient is that of the KL
     ``answer_of``        reward: the final answer that a completion states; see below
     ``learns_from_others``  reward: whether the other rewards of the run are what it learns from
-    ``kernel_form``      loss, KL estimator: what it is called among the fused kernels
+    ``kernel_form``      loss, KL estimator: what it is called among the fused kernels; of a class only beside its
+                         ``__call__``, and never of a wrapper: who computes something else has to say so again
 
 ``answer_of(text: str) -> str | None`` is the final answer of a completion in one written form, None when none can be
 read. A measurement tells by it a wrong answer from an unreadable one, and counts votes: two completions of one problem

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from grpoforge.binding import Bound
-from grpoforge.declarations import declared
 from grpoforge.objective import Frozen, Objective, Update
 from grpoforge.types import Batch, TokenLogprobs
 from grpoforge_kernels import ops
@@ -64,12 +65,32 @@ class FusedObjective(Objective):
         return fused.loss
 
 
+def _own_form(component: object) -> Any:
+    """The ``kernel_form`` that ``component`` states about itself; None where it has somebody else's or none.
+
+    A subclass that computes something else inherits the name, and ``functools.wraps`` copies it to the wrapper.
+    """
+    plain = getattr(component, "func", component)
+    if hasattr(plain, "__wrapped__"):
+        return None
+    if not inspect.isroutine(plain):
+        calls, states = (_owner(type(plain), name) for name in ("__call__", "kernel_form"))
+        if calls is not states:
+            return None
+    return getattr(plain, "kernel_form", None)
+
+
+def _owner(kind: type, name: str) -> type | None:
+    """The class that an instance of ``kind`` has the attribute from."""
+    return next((one for one in kind.__mro__ if name in vars(one)), None)
+
+
 def _plain_form(kl: Bound | None) -> ops.KLForm | None:
     """The kernel's name of a KL estimator; an estimator with an option that is set (a clamp) has none."""
     form: ops.KLForm | None = None
     options = getattr(kl.function, "keywords", {}) if kl is not None else {}
     if kl is not None and all(value is None for value in options.values()):
-        form = declared(kl.function, "kernel_form")
+        form = _own_form(kl.function)
     return form
 
 
@@ -80,7 +101,7 @@ def fuse(objective: Objective, *, entropy_bonus: bool, chooses_tokens: bool) -> 
         entropy_bonus: the run adds an entropy bonus.
         chooses_tokens: the policy loss is taken on some tokens only.
     """
-    clip = declared(objective.loss, "kernel_form")
+    clip = _own_form(objective.loss)
     form = _plain_form(objective.kl)
     obstacles = {
         "its loss has no fused kernel": clip is None,

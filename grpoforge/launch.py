@@ -20,7 +20,7 @@ from grpoforge import __version__, checkpoint
 from grpoforge.assembly import assemble, check_workers, load_policy
 from grpoforge.config import Config, RewardPart
 from grpoforge.continuation import check_weights, commit_of, compare, weights_of
-from grpoforge.distributed import Workers, start_workers, stop_workers
+from grpoforge.distributed import Workers, local_device, start_workers, stop_workers
 from grpoforge.errors import CheckpointError
 from grpoforge.layers import build
 from grpoforge.parts import resolve
@@ -31,12 +31,21 @@ from grpoforge.seeds import seed_everything
 from grpoforge.sources import is_path
 from grpoforge.trainer import Trainer
 from grpoforge.types import RunSummary
-from grpoforge_kernels import certify
+from grpoforge_kernels import certify, dispatch
 
 logger = logging.getLogger(__name__)
 
 RUN_SCHEMA = 1
 PACKAGES = ("grpoforge", "torch", "transformers", "datasets", "safetensors", "pluggy", "pydantic", "peft")
+
+
+def check_kernels() -> None:
+    """Stop unless the kernels that ``GRPOFORGE_KERNELS`` forces, if it is set, can run on this process's device.
+
+    Raises:
+        KernelError: they cannot, or there are none of that name.
+    """
+    dispatch.check_force(local_device().type)
 
 
 def load_host(config: Config) -> PluginHost:
@@ -51,6 +60,7 @@ def start(config: Config, output: Path | None) -> RunSummary | None:
         GrpoforgeError: see `grpoforge.parts.resolve`, `grpoforge.assembly.assemble` and `Trainer.run`. A run that
             fails before its first step is finished leaves nothing behind.
     """
+    check_kernels()
     host = load_host(config)
     parts = resolve(config, host)
     workers = start_workers()
@@ -84,6 +94,7 @@ def resume(config: Config, run_dir: RunDir, folder: Path | None) -> RunSummary |
         GrpoforgeError: as `start`; when ``folder`` is damaged, or the model or the seed is not what the run began
             with, nothing has changed.
     """
+    check_kernels()
     recorded = read_run_config(run_dir)
     changes = compare(pin_paths(build([(str(run_dir.run_json), recorded)])), pin_paths(config))
     host = load_host(config)

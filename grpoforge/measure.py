@@ -21,7 +21,7 @@ from grpoforge.data import Example
 from grpoforge.distributed import Workers, start_workers, stop_workers
 from grpoforge.errors import CheckpointError, ConfigError, DataError
 from grpoforge.evaluation import Evaluation
-from grpoforge.launch import load_host, read_run_config
+from grpoforge.launch import check_kernels, load_host, read_run_config
 from grpoforge.outcomes import Attempt, Outcome, tally
 from grpoforge.parts import choose_measured
 from grpoforge.plugins import PluginHost
@@ -139,6 +139,7 @@ def measure(config: Config, other: Config | Path | None = None) -> Measurement |
     Raises:
         GrpoforgeError: a part, the data or a model cannot be used; the results are of other problems.
     """
+    check_kernels()
     host = load_host(config)
     rewards, correctness = choose_measured(config, host)
     _check_temperature(config, host)

@@ -5,18 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from grpoforge import __version__, checkpoint
 from grpoforge.config import Config
 from grpoforge.errors import CheckpointError, RewardError, RunFailed
+from grpoforge.fused import FusedObjective
 from grpoforge.launch import describe_run, load_host, pin_paths, read_run_config, start, wind_back
 from grpoforge.layers import build
+from grpoforge.objective import Objective
 from grpoforge.run_dir import RunDir
+from grpoforge.trainer import Trainer
 from grpoforge.yaml_source import read_recipe
+from grpoforge_kernels import certify, dispatch
 
 SMALL: dict[str, Any] = {
     "data": {"num_eval": 2},
@@ -84,6 +90,61 @@ def test_hooks_are_told_once_and_in_order(tmp_path: Path, plugin: Path) -> None:
     rewards = {"rewards": [{"name": f"{plugin}:never"}], "plugins": [str(hook)], "max_steps": 2}
     start(small(rewards), tmp_path / "run")
     assert (tmp_path / "told.txt").read_text() == "step 1\nstep 2\nrun 2 run\n"
+
+
+class Stopped(Exception):
+    """A run that was only to begin."""
+
+
+@pytest.fixture
+def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Starts a run up to its first step; returns what ``look`` finds on its trainer."""
+
+    def begin(config: Config, look: Callable[[Trainer], Any]) -> Any:
+        found = []
+
+        def run(trainer: Trainer) -> None:
+            found.append(look(trainer))
+            raise Stopped
+
+        monkeypatch.setattr(Trainer, "run", run)
+        with pytest.raises(Stopped):
+            start(config, tmp_path / "begun")
+        (one,) = found
+        return one
+
+    return begin
+
+
+def test_kernels_are_tried_before_the_first_step(
+    begun: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(backend: str, device: str) -> certify.Failure:
+        return certify.Failure(certify.identity(backend, device), f"tried {backend} on {device}")
+
+    monkeypatch.setattr(certify, "folder", lambda: tmp_path / "certificates")
+    monkeypatch.setattr(certify, "available", lambda device: ["cpp"])
+    monkeypatch.setattr(certify, "certify", fail)
+    op, cpu = "selective_log_softmax", torch.device("cpu")
+    dispatch.forget()
+    try:
+        why, used = begun(
+            small(),
+            lambda _: (
+                dispatch.obstacle("cpp", op, "cpu", torch.float32),
+                dispatch.backend_name(op, cpu, torch.float32),
+            ),
+        )
+    finally:
+        dispatch.forget()
+    assert why is not None and why.startswith("they are wrong on this machine (tried cpp on cpu);")
+    assert used == "reference"
+
+
+@pytest.mark.parametrize(("loss", "expected"), [("clip", FusedObjective), ("cispo", Objective)])
+def test_the_engine_gets_what_the_plan_says(begun: Callable[..., Any], loss: str, expected: type) -> None:
+    objective = begun(small({"loss": {"name": loss}}), lambda trainer: trainer.engine.algorithm.objective)
+    assert type(objective) is expected
 
 
 def test_what_run_json_says(plugin: Path) -> None:

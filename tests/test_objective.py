@@ -23,7 +23,7 @@ from grpoforge.objective import Frozen, Objective, Update
 from grpoforge.policy import Policy
 from grpoforge.reduction import REDUCTIONS
 from grpoforge.scoring import BoundReward
-from grpoforge.types import Batch, Prompt, Rollouts, TokenLogprobs
+from grpoforge.types import Batch, LossInputs, Prompt, Rollouts, TokenLogprobs
 from grpoforge_plugins.kl.full import full
 from grpoforge_plugins.kl.schulman import k1, k2, k3
 from grpoforge_plugins.losses.clip import Clip
@@ -192,11 +192,50 @@ def one_update(objective: Objective, reduction: str, *, data_seed: int) -> tuple
     return float(loss.detach()), torch.autograd.grad(loss, logprobs)[0], averages(meter.totals)
 
 
+class AnotherCall(Clip):
+    """Computes something else under an inherited name."""
+
+    def __call__(self, inputs: LossInputs) -> Any:
+        loss, metrics = super().__call__(inputs)
+        return 2 * loss, metrics
+
+
+class OtherDefaults(Clip):
+    """Computes the same."""
+
+    def __init__(self) -> None:
+        super().__init__(epsilon_high=0.28)
+
+
+@functools.wraps(k3)
+def clamped(logprobs: Tensor, ref_logprobs: Tensor, *, clamp: Any = None) -> Tensor:
+    return k3(logprobs, ref_logprobs, clamp=clamp).clamp(max=1)
+
+
+class Estimator:
+    kernel_form = "k3"
+
+    def __call__(self, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+        return k3(logprobs, ref_logprobs)
+
+
+class AnotherEstimator(Estimator):
+    def __call__(self, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+        return 2 * k3(logprobs, ref_logprobs)
+
+
+NO_LOSS, NO_KL = "its loss has no fused kernel", "its KL estimator has no fused kernel"
+
+
 @pytest.mark.parametrize(
     ("objective", "options", "reason"),
     [
-        (Objective(loss=lambda inputs: None, kl=None, corrections=()), {}, "its loss has no fused kernel"),
-        (Objective(loss=Clip(), kl=bind("kl", full), corrections=()), {}, "its KL estimator has no fused kernel"),
+        (Objective(loss=lambda inputs: None, kl=None, corrections=()), {}, NO_LOSS),
+        (Objective(loss=AnotherCall(), kl=None, corrections=()), {}, NO_LOSS),
+        (Objective(loss=Clip(), kl=bind("kl", full), corrections=()), {}, NO_KL),
+        (Objective(loss=Clip(), kl=bind("kl", clamped), corrections=()), {}, NO_KL),
+        (Objective(loss=Clip(), kl=bind("kl", functools.partial(clamped, clamp=None)), corrections=()), {}, NO_KL),
+        (Objective(loss=Clip(), kl=bind("kl", AnotherEstimator()), corrections=()), {}, NO_KL),
         (plain_objective("k3"), {"entropy_bonus": True}, "it has an entropy bonus"),
         (plain_objective("k3"), {"chooses_tokens": True}, "it is taken on some tokens only"),
         (
@@ -209,6 +248,13 @@ def one_update(objective: Objective, reduction: str, *, data_seed: int) -> tuple
 def test_other_parts_are_composed(objective: Objective, options: dict[str, bool], reason: str) -> None:
     chosen, said = fuse(objective, **({"entropy_bonus": False, "chooses_tokens": False} | options))
     assert chosen is objective and said == f"composed of its parts: {reason}"
+
+
+def test_a_name_that_a_component_has_of_its_own_counts() -> None:
+    plain = Objective(loss=OtherDefaults(), kl=bind("kl", Estimator()), corrections=())
+    fused, said = fuse(plain, entropy_bonus=False, chooses_tokens=False)
+    assert said == "one kernel (grpo_loss)" and isinstance(fused, FusedObjective)
+    assert (fused.clip.epsilon_high, fused.kl_form) == (0.28, "k3")
 
 
 def test_options_of_an_estimator_that_are_off_do_not_matter() -> None:

@@ -187,12 +187,14 @@ def _ptx(json_file: Path | None) -> NoReturn:
 def _require_device(device: str) -> None:
     import torch
 
+    from grpoforge_kernels import dispatch
     from grpoforge_kernels.errors import KernelError
 
     if device == "cuda" and not torch.cuda.is_available():
         raise KernelError(
             "`--device cuda`: torch sees no CUDA device here", "`grpoforge bench --ptx` tells what needs none"
         )
+    dispatch.check_force(device)
 
 
 def _command_line() -> str:

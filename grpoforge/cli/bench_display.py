@@ -98,7 +98,9 @@ def _mallocs(case: Mapping[str, Any]) -> list[str]:
 def _name(row: Mapping[str, Any], case: Mapping[str, Any]) -> str:
     if not row["ours"]:
         return str(row["name"])
-    return f"ours: {row['name']}" + (" *" if row["name"] == case["lead"] else "")
+    star = " *" if row["name"] == case["lead"] else ""
+    # Within its bounds, and still wrong: no single error says so.
+    return f"ours: {row['name']}{star}" + (" WRONG" if row["worse_than_plain"] else "")
 
 
 def _error(row: Mapping[str, Any], what: str) -> str:

@@ -123,11 +123,12 @@ def _config(layers: list[Layer]) -> Config:
 
 def _dry_run(config: Config) -> None:
     from grpoforge.cli.display import print_plan
-    from grpoforge.launch import load_host
+    from grpoforge.launch import check_kernels, load_host
     from grpoforge.memory import describe
     from grpoforge.parts import resolve
 
     with stdout_is_data():
+        check_kernels()
         host = load_host(config)
         parts = resolve(config, host)
         _check_model(config)

@@ -37,7 +37,7 @@ class Identity:
     """What a certificate speaks of. Any difference makes it another one.
 
     ``driver`` is what stands between the sources and the device: the driver of an accelerator; for a processor its
-    instruction sets and the compiler.
+    instruction sets, the compiler and the arguments that the user gives it.
     """
 
     backend: str
@@ -69,13 +69,13 @@ class Failure:
 
 def identity(backend: str, device: str) -> Identity:
     """What a certificate of ``backend`` on ``device`` (``cpu``, ``cuda``) has to speak of here and now."""
-    from grpoforge_kernels.bench.machine import compiler, cpu_flags_digest, cpu_name, gpu_name
+    from grpoforge_kernels.bench.machine import cpu_flags_digest, cpu_name, gpu_name
 
     on_cpu = device == "cpu"
     return Identity(
         backend=backend,
         device=cpu_name() if on_cpu else gpu_name() or "no accelerator",
-        driver=f"{cpu_flags_digest()} {compiler()}" if on_cpu else _driver(),
+        driver=f"{cpu_flags_digest()} {_compiler()}" if on_cpu else _driver(),
         kernels=kernel_hash(backend),
         torch=torch.__version__,
         triton=_version("triton") if backend == "triton" else None,
@@ -200,12 +200,23 @@ def _write(earned: Certificate) -> None:
 
 def _sources(backend: str) -> list[Path]:
     shared = [path for path in PACKAGE.glob("*.py") if not path.name.startswith(("__init__", "certify", "aot"))]
-    own = [*(PACKAGE / backend).glob("*.py")]
+    # The reference is the oracle, and parts of it run in the other backends.
+    own = [path for folder in {backend, "reference"} for path in (PACKAGE / folder).glob("*.py")]
     if backend == "cpp":
         own += [*build.SOURCES.glob("*.cpp"), *build.SOURCES.glob("*.h")]
     judge = [PACKAGE / "bench" / name for name in JUDGES]
     # By name: the same files in another folder are the same kernels.
-    return [*sorted(shared), *sorted(own, key=lambda path: path.name), *judge]
+    return [*sorted(shared), *sorted(own, key=lambda path: (path.name, path.parent.name)), *judge]
+
+
+def _compiler() -> str:
+    """What it says of itself, and its arguments in ``$CXX``."""
+    from grpoforge_kernels.bench.machine import compiler
+
+    arguments: list[str] = []
+    with contextlib.suppress(KernelError):
+        _, *arguments = build.find_compiler()
+    return " ".join([str(compiler()), *arguments])
 
 
 def _version(package: str) -> str | None:

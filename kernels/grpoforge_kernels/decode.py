@@ -77,7 +77,7 @@ Look = Callable[[Tensor, Tensor], list[int]]
 
 def obstacle() -> str | None:
     """Why it cannot run here; None when it can. The first call compiles it."""
-    forced = os.environ.get(dispatch.VARIABLE, "cpp")
+    forced = os.environ.get(dispatch.VARIABLE) or "cpp"
     if forced != "cpp":
         return f"{dispatch.VARIABLE}={forced}"
     return dispatch.obstacle("cpp", OP, "cpu", torch.float32)

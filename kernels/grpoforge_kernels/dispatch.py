@@ -49,6 +49,19 @@ def backend_name(op: str, device: torch.device, dtype: torch.dtype) -> str:
     return backend(op, device, dtype).__name__.split(".")[-2]
 
 
+def check_force(device: str) -> None:
+    """Stop unless ``GRPOFORGE_KERNELS``, where it is set, names a backend that can run on this type of device.
+
+    Every command that will compute asks before it loads anything; an operation asks again for itself and its dtype.
+
+    Raises:
+        KernelError: it names no backend, or one that cannot run there.
+    """
+    forced = os.environ.get(VARIABLE)
+    if forced:
+        _check_force(forced, "selective_log_softmax", device, torch.float32)
+
+
 def bfloat16_products() -> ModuleType | None:
     """What multiplies bfloat16 matrices on this CPU and leaves the result in float32, as fast as it can multiply.
 

@@ -143,7 +143,7 @@ def grpo_loss_from_logits(
     """
     clip = ClipOptions(epsilon_low, epsilon_high, delta, dual_clip)
     ref_logprobs = reference_for(kl, ref_logprobs)
-    check_rows(logits, ids, mask, softcap)
+    check_rows(logits, ids, mask, softcap, scale)
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
     dtype = statistics_dtype(logits.dtype)
     _check_tokens(ids, dtype, 1, old_logprobs, ref_logprobs, advantages, mask, weights)

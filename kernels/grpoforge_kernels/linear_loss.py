@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from grpoforge_kernels.errors import KernelError
@@ -26,6 +27,9 @@ RowLoss = Callable[[slice, TokenStats], Tensor]
 """The loss of the rows of a slice, a scalar, from their `TokenStats`."""
 
 
+# Dynamo would trace into the panels and hand addresses of its own tensors to C++: gradients of 1e30, without a word.
+# The public `torch.compiler.disable` loads Dynamo as soon as it is called, 1.5 s for everybody who imports this.
+@_disable_dynamo
 def linear_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -60,7 +64,7 @@ def linear_loss(
         KernelError: as `linear_logprobs`; chunks that overlap or leave the rows; a loss that is no scalar or needs the
             gradient of another tensor; a second backward.
     """
-    check_inputs(hidden, weight, bias, ids, mask, softcap)
+    check_inputs(hidden, weight, bias, ids, mask, softcap, scale)
     rows_of_chunks = _checked_chunks(chunks, len(ids))
     inv_temperature = inverse_temperature(temperature, hidden)
     check_ids(ids, len(weight), mask)

@@ -82,7 +82,7 @@ def inverse_temperature(temperature: Tensor | float, logits: Tensor) -> Tensor:
     """
     dtype, num_rows = statistics_dtype(logits.dtype), logits.shape[0]
     if not isinstance(temperature, Tensor):
-        if not (temperature > 0 and math.isfinite(temperature)):
+        if not 0 < temperature < math.inf:
             raise KernelError(f"temperature = {temperature} is not a positive number")
         return torch.full((num_rows,), 1 / temperature, dtype=dtype, device=logits.device)
     if temperature.ndim == 0:
@@ -104,8 +104,8 @@ def _check_positive(temperature: Tensor, inverse: Tensor) -> None:
         raise KernelError(f"temperature = {float(temperature[row]):g} of row {row} is not a positive number")
 
 
-def check_rows(logits: Tensor, ids: Tensor, mask: Tensor | None, softcap: float | None) -> None:
-    """Stop unless these are ``[N, V]`` floats, ``[N]`` int64 and ``[N]`` bool on one device, and the softcap is usable.
+def check_rows(logits: Tensor, ids: Tensor, mask: Tensor | None, softcap: float | None, scale: float) -> None:
+    """Stop unless these are ``[N, V]`` floats, ``[N]`` int64 and ``[N]`` bool on one device, with usable numbers.
 
     Raises:
         KernelError: they are not.
@@ -119,8 +119,10 @@ def check_rows(logits: Tensor, ids: Tensor, mask: Tensor | None, softcap: float 
     for name, tensor in (("ids are", ids), ("mask is", mask)):
         if tensor is not None and tensor.device != logits.device:
             raise KernelError(f"{name} on {tensor.device}, not on {logits.device}")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise KernelError(f"softcap = {softcap} is not a positive number", "None is for logits without softcap")
+    if not 0 < scale < math.inf:
+        raise KernelError(f"scale = {scale} is not a positive number", "1.0 is for logits as they are")
 
 
 def check_ids(ids: Tensor, num_tokens: int, mask: Tensor | None) -> None:
@@ -165,4 +167,7 @@ def unit_columns(logits: Tensor) -> Tensor:
         raise KernelError(
             f"logits are a {kind} without memory of its own", "pass plain tensors, such as its local part"
         )
-    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
+    if logits.stride(1) == 1 or logits.shape[1] == 1:
+        return logits
+    # No rows are contiguous to torch whatever their strides, which `contiguous` would leave.
+    return logits.clone(memory_format=torch.contiguous_format)

@@ -54,12 +54,13 @@ def selective_log_softmax(
     ``p = softmax(z[n])``, and ``logsumexp[n]``. All three have exact gradients by the logits; none by the temperature.
 
     Args:
-        logits: ``[N, V]``, float32, bfloat16, float16 or float64, any row stride. ``-inf`` bans a token.
+        logits: ``[N, V]``, float32, bfloat16, float16 or float64, any stride. ``-inf`` bans a token,
+            unless there is a softcap, which bounds it as any other: to ``-softcap``.
         ids: ``[N]`` int64, each in ``[0, V)`` where the mask is True.
         temperature: ``[N]`` or one number, positive.
         mask: ``[N]`` bool; rows where it is False are not read, and give 0 and gradient 0.
         softcap: logits are bounded by it, as in Gemma.
-        scale: factor on the logits, as in Cohere's models.
+        scale: factor on the logits, as in Cohere's models, positive.
         overwrite_logits: the backward may write the gradient over the logits, which saves the memory of a second
             ``[N, V]``. Only for logits that nothing else reads. Leaves, logits whose rows overlap or had to be copied,
             and code under ``torch.compile`` keep their logits; a view of a leaf does not, and takes the leaf with it.
@@ -68,10 +69,10 @@ def selective_log_softmax(
         `TokenStats`, ``[N]`` each, float32 (float64 for float64 logits).
 
     Raises:
-        KernelError: shapes that do not fit, an id outside the vocabulary, a temperature that is not positive, or a
-            second backward over logits that the first one overwrote.
+        KernelError: shapes that do not fit, an id outside the vocabulary, a temperature, softcap or scale that is not
+            positive, or a second backward over logits that the first one overwrote.
     """
-    check_rows(logits, ids, mask, softcap)
+    check_rows(logits, ids, mask, softcap, scale)
     inv_temperature = inverse_temperature(temperature, logits)
     if torch.compiler.is_compiling():
         numbers = torch.ops.grpoforge.selective_log_softmax(logits, ids, inv_temperature, mask, softcap, scale)

@@ -12,8 +12,9 @@ import torch
 
 from grpoforge_kernels import aot, certify, dispatch
 from grpoforge_kernels.aot_model import Bound as Bound_
-from grpoforge_kernels.bench import adversarial, child, report
+from grpoforge_kernels.bench import adversarial, child, lineup, problems, report
 from grpoforge_kernels.bench.accuracy import BOUNDS, Bound
+from grpoforge_kernels.bench.contenders import PLAIN_TORCH, Contender
 from grpoforge_kernels.certify import Certificate, Failure, Identity
 
 SMALL = ("bench", "selective_log_softmax", "--quick", "--rounds", "2", "--shape", "6x300", "--dtype", "fp32")
@@ -77,6 +78,31 @@ def test_a_kernel_beyond_its_bound_ends_with_1(cli: Callable[..., Any], monkeypa
     assert (
         "wrong: selective_log_softmax fp32 6x300 on cpu: forward and backward: reference, in place: error" in said.err
     )
+
+
+def off_by(error: float) -> Callable[[problems.Problem], Any]:
+    """A contender whose gradient is off by ``error`` times the largest of its row."""
+
+    def start(problem: problems.Problem) -> Any:
+        exact = problems.exact(problem)
+        logits = exact.gradients["logits"]
+        off = {"logits": logits + error * logits.abs().amax(dim=1, keepdim=True)}
+        return lambda: problems.Outcome(exact.values, off)
+
+    return start
+
+
+@pytest.mark.parametrize(("plain", "code"), [(4e-7, 1), (8e-7, 0)])
+def test_a_kernel_worse_than_plain_torch_ends_with_1_within_its_bounds(
+    cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, plain: float, code: int
+) -> None:
+    fakes = [Contender("fake", off_by(9e-7), ours=True), Contender(PLAIN_TORCH, off_by(plain))]
+    monkeypatch.setattr(lineup, "contenders", lambda case, plan: fakes)
+    said = cli(*SMALL)
+    assert said.code == code
+    (row,) = [line.split() for line in said.out.splitlines() if line.startswith("ours: ")]
+    assert row[:5] == (["ours:", "fake", "WRONG", "0.0e+00", "9.0e-07"] if code else ["ours:", "fake", "*", *row[3:5]])
+    assert ("more than 2 times those of torch eager" in said.err) == bool(code)
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,22 @@ def test_the_plan_of_a_step(cli: Callable[..., Any]) -> None:
     assert "# KL            none (beta is 0)" in plan
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ((), "one kernel (grpo_loss)"),
+        (("--kl", "k1", "--set", "loss.epsilon_high=0.28"), "one kernel (grpo_loss)"),
+        (("--loss", "cispo"), "composed of its parts: its loss has no fused kernel"),
+        (("--kl", "full"), "composed of its parts: its KL estimator has no fused kernel"),
+        (("--set", "entropy.coef=0.01"), "composed of its parts: it has an entropy bonus"),
+    ],
+)
+def test_the_path_of_the_objective(cli: Callable[..., Any], flags: tuple[str, ...], said: str) -> None:
+    plan = cli("train", "--dry-run", *flags)
+    assert plan.code == 0, plan.err
+    assert [line for line in plan.out.splitlines() if line.startswith("# objective")] == [f"# objective     {said}"]
+
+
 def test_no_weight_is_read(
     cli: Callable[..., Any], model: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

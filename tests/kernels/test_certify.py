@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from grpoforge_kernels import certify, dispatch, ops
-from grpoforge_kernels.bench import adversarial
+from grpoforge_kernels.bench import adversarial, machine
 from grpoforge_kernels.bench.accuracy import Bound
 from grpoforge_kernels.bench.forcing import forced
 from grpoforge_kernels.certify import Certificate, Failure
@@ -110,23 +109,52 @@ def earned_by_hand(backend: str = "cpp") -> Certificate:
     return earned
 
 
-@pytest.mark.parametrize("field", ["device", "driver", "kernels", "torch", "triton"])
-def test_a_certificate_ends_when_anything_that_it_names_changes(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    earned = earned_by_hand()
-    assert certify.certificate("cpp", "cpu") == earned
-    other = dataclasses.replace(earned.identity, **{field: "another"})
-    monkeypatch.setattr(certify, "identity", lambda backend, device: other)
-    assert certify.certificate("cpp", "cpu") is None
+MACHINE = {"cpu_name": "another processor", "cpu_flags_digest": "another", "compiler": "another compiler 13.1"}
 
 
-def test_a_certificate_ends_when_a_source_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("changed", [*MACHINE, "torch", "triton", "arguments of the compiler"])
+def test_a_certificate_ends_when_anything_that_it_names_changes(changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = "triton" if changed == "triton" else "cpp"
+    earned = earned_by_hand(backend)
+    assert certify.certificate(backend, "cpu") == earned
+    if changed in MACHINE:
+        monkeypatch.setattr(machine, changed, lambda: MACHINE[changed])
+    elif changed == "torch":
+        monkeypatch.setattr(torch, "__version__", "2.99")
+    elif changed == "triton":
+        monkeypatch.setattr(certify, "_version", lambda package: f"{package} 2.99")
+    else:
+        monkeypatch.setattr(build, "find_compiler", lambda: ("/usr/bin/c++", "-O0"))
+    assert certify.certificate(backend, "cpu") is None
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+@pytest.mark.parametrize(
+    "file",
+    ["rows.py", "grpo_loss.py", "dispatch.py", "reference/grpo_loss.py", "{backend}/grpo_loss.py", "bench/accuracy.py"],
+)
+def test_a_certificate_ends_when_a_source_changes(
+    file: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copytree(certify.PACKAGE, tmp_path / "package", ignore=shutil.ignore_patterns("__pycache__")))
+    earned_by_hand(backend)
+    monkeypatch.setattr(certify, "PACKAGE", copy)
+    # The same bytes elsewhere are the same kernels.
+    assert certify.certificate(backend, "cpu") is not None
+    source = copy / file.format(backend=backend)
+    source.write_text(source.read_text() + "\n")
+    assert certify.certificate(backend, "cpu") is None
+
+
+@pytest.mark.parametrize("file", ["rows.h", "linear.cpp", "tree_attention.cpp"])
+def test_a_certificate_ends_when_a_source_in_cpp_changes(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copy = Path(shutil.copytree(build.SOURCES, tmp_path / "cpp"))
     earned_by_hand()
     monkeypatch.setattr(build, "SOURCES", copy)
-    # The same bytes elsewhere are the same kernels.
     assert certify.certificate("cpp", "cpu") is not None
-    header = copy / "rows.h"
-    header.write_text(header.read_text() + "\n")
+    (copy / file).write_text((copy / file).read_text() + "\n")
     assert certify.certificate("cpp", "cpu") is None
 
 
@@ -259,3 +287,41 @@ def test_a_flipped_sign_in_the_source_is_seen(flipped: bool, answer: str, tmp_pa
     )
     assert done.stdout.strip() == answer, done.stderr
     assert ("the cpp kernels are not used: they are wrong on this machine" in done.stderr) == flipped
+
+
+GENERATION = """
+import logging, sys
+logging.basicConfig(format="%(message)s")
+from grpoforge_kernels.cpp import build
+{change}
+from grpoforge_kernels import certify
+from grpoforge_kernels.bench import adversarial, machine
+result = certify.certify("cpp", "cpu")
+print(type(result).__name__, getattr(result, "reason", result.num_checks == len([*adversarial.checks("cpu")])))
+"""
+GENERATIONS = {
+    **{
+        options[0]: f"build._cpu_flags = lambda: {' '.join(sorted(flags))!r}" for options, flags in build.LEVELS.items()
+    },
+    "plain": 'build._variants = lambda: (("-fopenmp", build.PLAIN),)',
+    "plain, one thread": 'build._variants = lambda: (("-fopenmp-simd", build.PLAIN),)',
+}
+
+
+@pytest.mark.slow
+@pytest.mark.needs_compiler
+@pytest.mark.parametrize("generation", list(GENERATIONS))
+def test_every_generation_of_processors_is_certified(generation: str, tmp_path: Path) -> None:
+    """Where this machine can run it: instructions of a generation that it lacks would kill the process."""
+    needed = next((flags for options, flags in build.LEVELS.items() if options[0] == generation), set())
+    if not needed <= set(build._cpu_flags().split()):
+        pytest.skip(f"this processor has not all of {sorted(needed)}")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", GENERATION.format(change=GENERATIONS[generation])],
+        env={**os.environ, build.CACHE_VARIABLE: str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout, done.stderr) == ("Certificate True\n", "")

@@ -204,7 +204,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setenv("GRPOFORGE_CACHE", str(tmp_path))
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(KernelError, match=r"cannot be kept in .*kernels/losses-\w+: Read-only file system") as caught:
+    with pytest.raises(KernelError, match=r"cannot be kept in .*kernels: Read-only file system") as caught:
         build.library("losses")
     assert caught.value.hint == "set GRPOFORGE_CACHE to a folder that can be written"
 
@@ -228,6 +228,51 @@ def test_two_that_build_at_once_get_one_library(tmp_path: Path, monkeypatch: pyt
 
 
 @needs_compiler
+def test_a_library_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRPOFORGE_CACHE", str(tmp_path))
+    replace, seen = os.replace, []
+
+    def broken(linked: Path, built: Path) -> None:
+        seen.append((linked.is_file(), built.exists()))
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(build.os, "replace", broken)
+    with pytest.raises(KernelError, match="No space left on device"):
+        build.library("losses")
+    assert seen == [(True, False)], "linked beside its place, which is empty until then"
+    (folder,) = (tmp_path / "kernels").iterdir()
+    assert [path.name for path in folder.iterdir()] == ["lock"]
+    monkeypatch.setattr(build.os, "replace", replace)
+    assert build.library("losses").is_file(), "what was left is in nobody's way"
+
+
+THREADS = """
+import importlib, os
+import torch
+torch.set_num_threads(1)
+for op in ("selective_log_softmax", "decoder_layer", "decode"):
+    importlib.import_module(f"grpoforge_kernels.cpp.{op}")
+from grpoforge_kernels.ops import selective_log_softmax
+logits, ids, counts = torch.randn(64, 20_000), torch.arange(64), []
+for threads in (1, 3, 2):
+    torch.set_num_threads(threads)
+    selective_log_softmax(logits, ids, 1.0)
+    counts.append(len(os.listdir("/proc/self/task")))
+loaded = {line.split()[-1] for line in open("/proc/self/maps") if "omp" in os.path.basename(line.split()[-1])}
+print([count - counts[0] for count in counts], len(loaded))
+"""
+
+
+@needs_compiler
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_threads_are_as_many_as_torch_has_and_of_its_runtime() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS], env={**os.environ, "OMP_NUM_THREADS": "8"}, capture_output=True, text=True
+    )
+    assert done.stdout == "[0, 2, 1] 1\n", done.stderr
+
+
+@needs_compiler
 def test_a_compiler_without_openmp_gets_one_thread(
     tmp_path: Path, anew: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -238,21 +283,23 @@ def test_a_compiler_without_openmp_gets_one_thread(
 
 @needs_compiler
 def test_what_the_library_depends_on_is_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = build.find_compiler()
+    def key_of(name: str, *flags: str) -> str:
+        return build._key((*build.find_compiler(), *flags), name, tmp_path)
+
     copy = Path(shutil.copytree(build.SOURCES, tmp_path / "cpp"))
     monkeypatch.setattr(build, "SOURCES", copy)
-    key = build._key(compiler, "losses")
-    assert build._key(compiler, "losses") == key and len(key) == 32
-    assert build._key((*compiler, "-g"), "losses") != key
-    assert build._key(compiler, "decode") != key
+    key = key_of("losses")
+    assert key_of("losses") == key and len(key) == 32
+    assert key_of("losses", "-g") != key
+    assert key_of("decode") != key
     (copy / "decode.cpp").write_text("of the other library")
-    assert build._key(compiler, "losses") == key
+    assert key_of("losses") == key
     for file in ("products.cpp", "floats.h"):
         (copy / file).write_text("another")
-        assert build._key(compiler, "losses") != key
-        key = build._key(compiler, "losses")
+        assert key_of("losses") != key
+        key = key_of("losses")
     monkeypatch.setattr(build, "_cpu_flags", lambda: "flags: sse2")
-    assert build._key(compiler, "losses") != key
+    assert key_of("losses") != key
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,12 +323,24 @@ def test_a_user_without_a_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.delenv("GRPOFORGE_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "expanduser", nowhere)
-    with pytest.raises(KernelError, match=r"the C\+\+ kernels cannot be kept: this user has no home folder") as caught:
+    with pytest.raises(KernelError, match="this user has no home folder to keep kernels in") as caught:
         build.library("losses")
     assert caught.value.hint == "set GRPOFORGE_CACHE to a folder that can be written"
 
 
-def test_a_compiler_is_asked_away_from_the_sources(tmp_path: Path) -> None:
+def test_a_compiler_is_asked_away_from_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it leaves where it runs must not lie among them."""
-    build._key((script(tmp_path / "compiler", f"pwd > {tmp_path}/place"),), "losses")
-    assert (tmp_path / "place").read_text().strip() != str(build.SOURCES)
+    monkeypatch.setenv("CXX", script(tmp_path / "compiler", f"pwd > {tmp_path}/place; exit 1"))
+    monkeypatch.setenv("GRPOFORGE_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(KernelError, match="it says nothing"):
+        build.library("losses")
+    assert (tmp_path / "place").read_text().strip() == str(tmp_path / "cache" / "kernels")
+
+
+@needs_compiler
+def test_without_a_temporary_folder_it_builds(tmp_path: Path) -> None:
+    # After torch, which may bring dill, which asks for one too.
+    nowhere = "import tempfile, torch\ntempfile.tempdir, tempfile._candidate_tempdir_list = None, lambda: []\n"
+    gone = str(tmp_path / "nowhere")
+    found = run(nowhere + on("sse2"), TMPDIR=gone, TMP=gone, TEMP=gone, GRPOFORGE_CACHE=str(tmp_path / "cache"))
+    assert found == ("cpp", EXPECTED, [])

@@ -85,3 +85,11 @@ def test_a_token_outside_the_vocabulary_is_refused() -> None:
     with pytest.raises(KernelError) as failure:
         decode._check(prompts, limits, torch.zeros(4, 8), 24)
     assert failure.value.message == "token id 24 of a prompt is outside the vocabulary of 24 tokens"
+
+
+@pytest.mark.parametrize(("forced", "why"), [("", None), ("cpp", None), ("reference", "GRPOFORGE_KERNELS=reference")])
+def test_where_it_can_run(forced: str, why: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from grpoforge_kernels.decode import obstacle
+
+    monkeypatch.setenv("GRPOFORGE_KERNELS", forced)
+    assert obstacle() == why

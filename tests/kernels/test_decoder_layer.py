@@ -123,6 +123,26 @@ def test_the_plain_layer_is_the_models(kind: str) -> None:
 
 
 @pytest.mark.needs_compiler
+@pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_it_gives_the_same(compiler: str) -> None:
+    model, wide, shape = layer_of("qwen3")
+    weights, places = narrowed(wide, torch.float32), places_of(model, TREE, torch.float32)
+
+    def step(hidden: Tensor) -> Tensor:
+        out = decoder_layer(2 * hidden, weights, *places, shape)
+        return rms_norm(out, weights.norm, shape.eps).square().sum()
+
+    found = []
+    for run_once in (step, torch.compile(step, backend=compiler)):
+        hidden = random_hidden(len(TREE)).float().requires_grad_()
+        leaves = [hidden, weights.norm, weights.q, weights.k_norm, weights.down]
+        total = run_once(hidden)
+        found.append((total.detach(), *torch.autograd.grad(total, leaves)))
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.needs_compiler
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("positions", [CHAIN, TREE, [0]], ids=["chain", "tree", "one"])
 @pytest.mark.parametrize("kind", MODELS)

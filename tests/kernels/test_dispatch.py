@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +71,35 @@ def test_an_impossible_force_is_an_error(
     with pytest.raises(KernelError, match=message) as caught:
         dispatch.backend(OP, CPU, dtype)
     assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize(("forced", "device"), [("", "cpu"), ("reference", "cpu"), ("reference", "cuda")])
+def test_a_force_is_checked_ahead(forced: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRPOFORGE_KERNELS", forced)
+    dispatch.check_force(device)
+
+
+def test_a_force_of_another_device_is_an_error_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRPOFORGE_KERNELS", "cpp")
+    with pytest.raises(KernelError, match="GRPOFORGE_KERNELS=cpp cannot run selective_log_softmax: it does not run on"):
+        dispatch.check_force("cuda")
+
+
+def test_a_forced_cpp_without_a_compiler_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in sys.modules if name.startswith("grpoforge_kernels.cpp.")]:
+        if name.removeprefix("grpoforge_kernels.cpp.") not in ("build", "loader"):
+            monkeypatch.delitem(sys.modules, name)
+    loader.forget()
+    for name, value in (("CXX", "no-such-compiler"), ("GRPOFORGE_CACHE", str(tmp_path)), ("GRPOFORGE_KERNELS", "cpp")):
+        monkeypatch.setenv(name, value)
+    for ask in (lambda: dispatch.check_force("cpu"), lambda: dispatch.backend(OP, CPU, torch.float32)):
+        with pytest.raises(KernelError) as caught:
+            ask()
+        assert caught.value.message == (
+            "GRPOFORGE_KERNELS=cpp cannot run selective_log_softmax: the C++ kernels need a compiler:"
+            " CXX=no-such-compiler is not a program"
+        )
+        assert caught.value.hint == "unset GRPOFORGE_KERNELS: the best backend is then chosen"
 
 
 def test_a_backend_without_the_operation() -> None:

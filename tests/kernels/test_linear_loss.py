@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from grpoforge_kernels.bench.accuracy import BOUNDS
+from grpoforge_kernels.bench.forcing import forced
 from grpoforge_kernels.errors import KernelError
 from grpoforge_kernels.ops import TokenStats, linear_logprobs, linear_loss
 from grpoforge_kernels.reference import linear_logprobs as reference
@@ -174,6 +175,30 @@ def test_a_large_vocabulary(run: Run) -> None:
         assert float((values.double() - right).norm() / right.norm()) <= bound.gradient
 
 
+@pytest.mark.parametrize("kernels", ["reference", pytest.param("cpp", marks=pytest.mark.needs_compiler)])
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_it_gives_the_same(compiler: str, kernels: str) -> None:
+    hidden, weight, bias, ids, upstream = drawn(12, 100, 16, torch.float32)
+
+    coefficients = upstream[0].float()
+
+    # Only what Dynamo traces, in float32: a loss that it cannot trace it leaves alone, with everything around it.
+    def loss(rows: slice, stats: TokenStats) -> Tensor:
+        return (coefficients[rows] * stats.logprobs + stats.entropy).sum()
+
+    def step(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return 3 * linear_loss(hidden, weight, ids, 0.7, loss, chunks=[slice(0, 6), slice(6, 12)], bias=bias)
+
+    found = []
+    with forced(kernels):
+        for run in (step, torch.compile(step, backend=compiler)):
+            leaves = [one.clone().requires_grad_() for one in (hidden, weight, bias)]
+            total = run(*leaves)
+            found.append((total.detach(), *torch.autograd.grad(total, leaves)))
+    for eager, compiled in zip(*found, strict=True):
+        assert torch.equal(compiled, eager)
+
+
 @both
 @pytest.mark.parametrize(
     ("changed", "message"),
@@ -188,6 +213,9 @@ def test_a_large_vocabulary(run: Run) -> None:
         ({"softcap": 0.0}, "softcap = 0.0 is not a positive number"),
         ({"softcap": -5.0}, "softcap = -5.0 is not a positive number"),
         ({"softcap": math.nan}, "softcap = nan is not a positive number"),
+        ({"scale": 0.0}, "scale = 0.0 is not a positive number"),
+        ({"scale": -1.0}, "scale = -1.0 is not a positive number"),
+        ({"scale": math.inf}, "scale = inf is not a positive number"),
     ],
 )
 def test_what_does_not_fit_is_refused(changed: dict[str, Any], message: str, run: Run) -> None:

@@ -108,22 +108,30 @@ def test_columns_are_copied_only_when_they_must_be() -> None:
     assert unit_columns(wide[:, :5]).data_ptr() == wide.data_ptr()
     assert unit_columns(wide[:, 2:3]).data_ptr() == wide[:, 2:3].data_ptr()
     assert unit_columns(wide.t()).stride(1) == 1 and torch.equal(unit_columns(wide.t()), wide.t())
+    assert unit_columns(wide[:0, ::2]).stride(1) == 1
 
 
 def test_all_must_lie_on_one_device() -> None:
     logits, ids, mask = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.bool)
-    check_rows(logits, ids, mask, 30.0)
+    check_rows(logits, ids, mask, 30.0, 0.5)
     with pytest.raises(KernelError, match="ids are on meta, not on cpu"):
-        check_rows(logits, ids.to("meta"), mask, None)
+        check_rows(logits, ids.to("meta"), mask, None, 1.0)
     with pytest.raises(KernelError, match="mask is on meta, not on cpu"):
-        check_rows(logits, ids, mask.to("meta"), None)
+        check_rows(logits, ids, mask.to("meta"), None, 1.0)
 
 
 @pytest.mark.parametrize("softcap", [0.0, -5.0, math.nan, math.inf])
 def test_a_softcap_is_positive(softcap: float) -> None:
     with pytest.raises(KernelError, match=f"softcap = {softcap} is not a positive number") as caught:
-        check_rows(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), None, softcap)
+        check_rows(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), None, softcap, 1.0)
     assert caught.value.hint == "None is for logits without softcap"
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf])
+def test_a_scale_is_positive(scale: float) -> None:
+    with pytest.raises(KernelError, match=f"scale = {scale} is not a positive number") as caught:
+        check_rows(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), None, None, scale)
+    assert caught.value.hint == "1.0 is for logits as they are"
 
 
 def test_what_wraps_others_has_nothing_to_read() -> None:

@@ -317,10 +317,11 @@ def test_there_is_no_second_derivative() -> None:
         d_query.sum().backward()
 
 
-def test_compiled_it_gives_the_same() -> None:
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_it_gives_the_same(compiler: str) -> None:
     given = case(LARGE["a trie"], d=8, group=2)
     compiled = torch.compile(
-        lambda q, k, v: tree_attention(q, k, v, given.positions, scale=given.scale), backend="aot_eager", fullgraph=True
+        lambda q, k, v: tree_attention(q, k, v, given.positions, scale=given.scale), backend=compiler, fullgraph=True
     )
     for mine, true in zip(differentiated(compiled, given), ours(given), strict=True):
         assert torch.equal(mine, true)

@@ -89,6 +89,22 @@ def test_cache_that_cannot_be_written_is_said_once(
     assert configs.select(candidates) == candidates.options["u8w4"]
 
 
+def test_a_user_without_a_home_folder(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def nowhere(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("GRPOFORGE_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", nowhere)
+    candidates = configs.row_stats_candidates(BF16, 151_936, "sm_90")
+    assert configs.select(candidates) == candidates.default
+    configs.remember(candidates, "u8w4")
+    assert caplog.messages == [
+        "the tuned configuration of row_stats is not kept: this user has no home folder to keep kernels in"
+    ]
+    assert configs.select(candidates) == candidates.options["u8w4"]
+
+
 def test_tune_keeps_the_fastest_median(monkeypatch: pytest.MonkeyPatch) -> None:
     candidates = configs.row_gradient_candidates(BF16, 151_936, "sm_90")
     fast = candidates.options["e32p2w4"]

@@ -14,7 +14,10 @@ ROOT = Path(__file__).parents[2]
 PARTS = (
     *(
         f"kernels/test_{name}.py"
-        for name in ("selective_log_softmax", "grpo_loss", "linear_logprobs", "rows", "tree_attention")
+        for name in (
+            *("selective_log_softmax", "grpo_loss", "linear_logprobs", "linear_loss", "rows"),
+            *("tree_attention", "decoder_layer"),
+        )
     ),
     *(f"kernels/test_{name}.py" for name in ("dispatch", "cpp_build", "certify", "bench", "decode")),
     "plugins/test_sampler_native.py",

@@ -57,18 +57,18 @@ def library(name: str) -> Path:
     Raises:
         KernelError: there is no compiler, it fails, or the cache cannot be written.
     """
-    compiler = find_compiler()
-    folder = cache_folder() / f"{name}-{_key(compiler, name)}"
-    built = folder / file_name(name)
+    compiler, kept = find_compiler(), cache_folder()
     try:
+        kept.mkdir(parents=True, exist_ok=True)
+        built = kept / f"{name}-{_key(compiler, name, kept)}" / file_name(name)
         if not built.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            with _locked(folder / "lock"):
+            built.parent.mkdir(exist_ok=True)
+            with _locked(built.parent / "lock"):
                 if not built.is_file():
                     _build(compiler, name, built)
     except OSError as error:
         hint = f"set {CACHE_VARIABLE} to a folder that can be written"
-        raise KernelError(f"the C++ kernels cannot be kept in {folder}: {error.strerror or error}", hint) from error
+        raise KernelError(f"the C++ kernels cannot be kept in {kept}: {error.strerror or error}", hint) from error
     return built
 
 
@@ -90,7 +90,7 @@ def cache_folder() -> Path:
         home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
     except RuntimeError as error:
         hint = f"set {CACHE_VARIABLE} to a folder that can be written"
-        raise KernelError("the C++ kernels cannot be kept: this user has no home folder", hint) from error
+        raise KernelError("this user has no home folder to keep kernels in", hint) from error
     return Path(home).absolute() / "grpoforge" / "kernels"
 
 
@@ -122,12 +122,13 @@ def _files(name: str) -> list[Path]:
     return [SOURCES / f"{source}.cpp" for source in LIBRARIES[name].sources]
 
 
-def _key(compiler: Sequence[str], name: str) -> str:
-    """Everything that the library depends on, as one name."""
+def _key(compiler: Sequence[str], name: str, folder: Path) -> str:
+    """Everything that the library depends on, as one name. The compiler is asked in ``folder``, not in a temporary one:
+    there may be none that can be written."""
     digest = hashlib.sha256()
     for path in (*_files(name), *sorted(SOURCES.glob("*.h"))):
         digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
-    version = _run((*compiler, "--version"), Path(tempfile.gettempdir()))
+    version = _run((*compiler, "--version"), folder)
     digest.update(repr((FLAGS, _variants(), tuple(compiler), version, platform.machine(), _cpu_flags())).encode())
     return digest.hexdigest()[:32]
 

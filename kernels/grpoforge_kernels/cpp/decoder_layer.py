@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from grpoforge_kernels.cpp import loader, tree_attention
@@ -239,6 +240,7 @@ class _Layer(torch.autograd.Function):
         )
 
 
+@_disable_dynamo  # As in `grpoforge_kernels.linear_loss`: C++ is given addresses.
 def decoder_layer(
     hidden: Tensor, weights: LayerWeights, forest: Forest, rotary: Rotary, shape: LayerShape, *, recompute: bool
 ) -> Tensor:
@@ -269,6 +271,7 @@ class _RMSNorm(torch.autograd.Function):
         return d_x, d_weight, None
 
 
+@_disable_dynamo
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `grpoforge_kernels.decoder_layer.rms_norm`."""
     result: Tensor = _RMSNorm.apply(hidden.contiguous(), weight.contiguous(), eps)  # type: ignore[no-untyped-call]

@@ -51,16 +51,17 @@ def rounds_once(depth: int) -> bool:
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool, by: int | None = None) -> None:
     """``out = a @ b``, or ``out += a @ b``, with bfloat16 products and float32 sums.
 
-    ``a [M, K]`` is bfloat16, or float32 and rounded to bfloat16 here; ``b [K, N]`` is bfloat16; each has contiguous
-    rows or contiguous columns. ``out [M, N]`` has contiguous rows and is float32, or bfloat16 (then without ``add``,
-    and only where `rounds_once` holds). Each number is summed in one order, whatever the number of threads and the rows
-    beside it.
+    ``a [M, K]`` is bfloat16, or float32 and rounded to bfloat16 here; ``b [K, N]`` is bfloat16; one whose rows and
+    columns all lie apart is copied. ``out [M, N]`` has contiguous rows and is float32, or bfloat16 (then without
+    ``add``, and only where `rounds_once` holds). Each number is summed in one order, whatever the number of threads and
+    the rows beside it.
     """
     (num_rows, depth), num_columns = a.shape, b.shape[1]
     assert b.shape[0] == depth and out.shape == (num_rows, num_columns)
     assert b.dtype == torch.bfloat16 and {a.dtype, out.dtype} <= {torch.bfloat16, torch.float32}
     assert a.device.type == b.device.type == out.device.type == "cpu"
-    assert all(1 in one.stride() or 1 in one.shape for one in (a, b)) and (out.stride(1) == 1 or num_columns == 1)
+    assert out.stride(1) == 1 or num_columns == 1
+    a, b = (one if 1 in (*one.stride(), *one.shape) else one.contiguous() for one in (a, b))
     assert out.dtype == torch.float32 or (not add and rounds_once(depth))
     if depth == 0 and not add:
         out.zero_()

@@ -23,6 +23,9 @@ from typing import Generic, TypeVar
 
 import torch
 
+from grpoforge_kernels.cpp import build
+from grpoforge_kernels.errors import KernelError
+
 DETERMINISTIC = "GRPOFORGE_DETERMINISTIC"
 VECTOR_BYTES = 16
 """The widest load of one thread."""
@@ -235,30 +238,31 @@ def remember(candidates: Candidates[Config], name: str) -> None:
     """Use the candidate ``name`` from now on, in this process and in later ones. A cache that cannot be written is
     no error: then this process only."""
     winners = {**_winners(), f"{candidates.kernel}/{candidates.key}": name}
-    path = cache_file()
     try:
+        path = cache_file()
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
             json.dump(winners, file, indent=1, sort_keys=True)
         os.replace(file.name, path)
-    except OSError as error:
+    except (OSError, KernelError) as error:
         _log.warning("the tuned configuration of %s is not kept: %s", candidates.kernel, error)
     _winners().update(winners)
 
 
 def cache_file() -> Path:
-    """``triton-configs.json`` in ``$GRPOFORGE_CACHE``, or in ``grpoforge`` in the user's cache."""
-    own = os.environ.get("GRPOFORGE_CACHE")
-    if own:
-        return Path(own).expanduser() / "triton-configs.json"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "grpoforge" / "triton-configs.json"
+    """``triton-configs.json`` in ``$GRPOFORGE_CACHE``, or in ``grpoforge`` in the user's cache.
+
+    Raises:
+        KernelError: there is no such folder.
+    """
+    return build.cache_folder().parent / "triton-configs.json"
 
 
 @cache
 def _winners() -> dict[str, str]:
     try:
         stored = json.loads(cache_file().read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, KernelError):
         return {}
     return {str(key): str(value) for key, value in stored.items()} if isinstance(stored, dict) else {}
 
