@@ -184,13 +184,6 @@ def _measure_case(case: Case, plan: Plan, rates: Mapping[str, Any]) -> dict[str,
     }
 
 
-def _is_over_promise(row: Mapping[str, Any]) -> bool | None:
-    """Null where the peak was not measured, or nothing was promised."""
-    if row["peak_bytes"] is None or row["formula_bytes"] is None:
-        return None
-    return bool(row["peak_bytes"] > row["formula_bytes"])
-
-
 def _check(case: Case, plan: Plan, problem: Problem) -> tuple[list[dict[str, Any]], dict[str, Step]]:
     """A row for every contender with its errors, and the steps of those that are to be timed.
 
@@ -245,6 +238,13 @@ def _row(contender: Contender) -> dict[str, Any]:
         "formula": contender.formula,
         "formula_bytes": contender.formula_bytes,
     }
+
+
+def _is_over_promise(row: Mapping[str, Any]) -> bool | None:
+    """Null where the peak was not measured, or nothing was promised."""
+    if row["peak_bytes"] is None or row["formula_bytes"] is None:
+        return None
+    return bool(row["peak_bytes"] > row["formula_bytes"])
 
 
 def _judge(row: dict[str, Any], found: Errors, bound: Bound, plain: Errors | None, dtype: str) -> None:
