@@ -19,56 +19,95 @@ HOW = "How"
 INSTEAD = "Instead of measuring"
 REPORT = "Report"
 
+Ops = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[OP ...]", help="selective_log_softmax, linear_logprobs, grpo_loss; all by default."),
+]
+Device = Annotated[str, typer.Option(metavar="cpu|cuda", rich_help_panel=WHAT, help="Where to run.")]
+Dtypes = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="fp32|bf16|fp16", rich_help_panel=WHAT, help="Number format; repeatable. By default fp32, bf16."
+    ),
+]
 Backends = Annotated[
     list[str] | None,
-    typer.Option("--backend", metavar="NAME", rich_help_panel=WHAT, help="reference, cpp or triton; repeatable."),
+    typer.Option(
+        "--backend",
+        metavar="NAME",
+        rich_help_panel=WHAT,
+        help="reference, cpp or triton; repeatable. By default all that run here.",
+    ),
 ]
 Shapes = Annotated[
     list[str] | None,
-    typer.Option("--shape", metavar="NxV[xH]", rich_help_panel=WHAT, help="Tokens x vocabulary [x hidden]."),
+    typer.Option(
+        "--shape",
+        # Rich reads what stands in brackets in a help as a style, and drops it.
+        metavar="NxV|NxVxH|BxT",
+        rich_help_panel=WHAT,
+        help="Tokens x vocabulary (selective_log_softmax), tokens x vocabulary x hidden size (linear_logprobs),"
+        " rows x tokens (grpo_loss, named alone); repeatable. By default what --quick, --full or neither choose.",
+    ),
+]
+Rounds = Annotated[
+    int | None,
+    typer.Option(
+        metavar="R", min=1, rich_help_panel=HOW, help="Timed runs of each contender. By default 3, 7 or 9, by size."
+    ),
+]
+Quick = Annotated[bool, typer.Option("--quick", rich_help_panel=HOW, help="Small shapes; no memory, nothing compiled.")]
+Full = Annotated[
+    bool, typer.Option("--full", rich_help_panel=HOW, help="The large shapes that figures are published for.")
+]
+Malloc = Annotated[
+    str,
+    typer.Option(
+        metavar="stock|reuse|both",
+        rich_help_panel=HOW,
+        help="stock: memory is fresh; reuse: page faults excluded, for all.",
+    ),
+]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", rich_help_panel=REPORT, help="Write the report here.")
+]
+Against = Annotated[
+    Path | None, typer.Option(metavar="FILE", rich_help_panel=REPORT, help="Compare with an earlier report.")
+]
+Certify = Annotated[
+    bool,
+    typer.Option(
+        "--certify",
+        rich_help_panel=INSTEAD,
+        help="Try the fused kernels on inputs made to break; keeps a certificate.",
+    ),
+]
+Ptx = Annotated[
+    bool,
+    typer.Option(
+        "--ptx", rich_help_panel=INSTEAD, help="Compile the GPU kernels; needs the package triton, and no GPU."
+    ),
 ]
 
 
 def bench(
-    ops: Annotated[
-        list[str] | None, typer.Argument(metavar="[OP ...]", help="The operations to measure; all by default.")
-    ] = None,
-    device: Annotated[str, typer.Option(metavar="cpu|cuda", rich_help_panel=WHAT, help="Where to run.")] = "cpu",
-    dtype: Annotated[
-        list[str] | None,
-        typer.Option(metavar="fp32|bf16|fp16", rich_help_panel=WHAT, help="Number format; repeatable."),
-    ] = None,
+    ops: Ops = None,
+    device: Device = "cpu",
+    dtype: Dtypes = None,
     backend: Backends = None,
     shape: Shapes = None,
-    rounds: Annotated[
-        int | None, typer.Option(metavar="R", min=1, rich_help_panel=HOW, help="Timed runs of each contender.")
-    ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", rich_help_panel=HOW, help="Small shapes; no memory, nothing compiled.")
-    ] = False,
-    full: Annotated[
-        bool, typer.Option("--full", rich_help_panel=HOW, help="The large shapes that figures are published for.")
-    ] = False,
-    malloc: Annotated[
-        str,
-        typer.Option(metavar="stock|reuse|both", rich_help_panel=HOW, help="reuse: page faults excluded, for all."),
-    ] = "stock",
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", rich_help_panel=REPORT, help="Write the report here.")
-    ] = None,
-    against: Annotated[
-        Path | None, typer.Option(metavar="FILE", rich_help_panel=REPORT, help="Compare with an earlier report.")
-    ] = None,
-    certify: Annotated[
-        bool, typer.Option("--certify", rich_help_panel=INSTEAD, help="Try the fused kernels on inputs made to break.")
-    ] = False,
-    ptx: Annotated[
-        bool, typer.Option("--ptx", rich_help_panel=INSTEAD, help="Compile the GPU kernels; no GPU is needed.")
-    ] = False,
+    rounds: Rounds = None,
+    quick: Quick = False,
+    full: Full = False,
+    malloc: Malloc = "stock",
+    json_file: JsonFile = None,
+    against: Against = None,
+    certify: Certify = False,
+    ptx: Ptx = False,
 ) -> None:
     """Check the kernels against float64, then time them against what else is installed.
 
-    Exit code 1: a kernel is beyond its error bounds, fails its certification, or spills registers.
+    Exit code 1: a kernel is wrong, holds more memory than it promises, fails its certification, or spills registers.
     """
     _check_choices(device, dtype, ops, malloc)
     if certify or ptx:
@@ -173,7 +212,7 @@ def _certify(device: str, json_file: Path | None) -> NoReturn:
 
 
 def _ptx(json_file: Path | None) -> NoReturn:
-    announce("compiling every kernel for every target; about half a minute ...")
+    announce("compiling every kernel for every target; some minutes on two cores, seconds once Triton knows them ...")
     from grpoforge.cli.bench_display import print_static
     from grpoforge_kernels.bench import static
 
@@ -216,7 +255,8 @@ def _read_report(path: Path) -> dict[str, Any]:
         ) from None
     except ValueError:
         report = None
-    if not isinstance(report, dict) or report.get("schema") != 1:
+    parts = {"plan", "machine", "malloc", "cases"}
+    if not isinstance(report, dict) or report.get("schema") != 1 or not parts <= set(report):
         raise DataError(f"`--against {path}` is no report", "give a file that `grpoforge bench --json` wrote")
     return report
 

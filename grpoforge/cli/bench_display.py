@@ -64,11 +64,21 @@ def _head(report: Mapping[str, Any]) -> list[str]:
         lines.insert(1, machine["gpu"])
     if report["first_use_compile_s"] is not None:
         lines.append(f"first use compiles the C++ in {report['first_use_compile_s']:.2f} s")
-    if report.get("against"):
-        lines.append(
-            f"`x then` is relative to commit {report['against']['commit'] or 'unknown'}, {report['against']['date']}"
-        )
-    return lines
+    return [*lines, *_against(report["against"])] if report.get("against") else lines
+
+
+def _against(against: Mapping[str, Any]) -> list[str]:
+    matched = f"{against['num_matched']} of {against['num_timings']} timings were measured then too"
+    lines = [f"`x then` is relative to commit {against['commit'] or 'unknown'}, {against['date']}: {matched}"]
+    changed = [f"{name} {_option(then)} then, {_option(now)} now" for name, (then, now) in against["options"].items()]
+    return [*lines, f"other options then: {'; '.join(changed)}"] if changed else lines
+
+
+def _option(value: Any) -> str:
+    """An option of a plan as it is written on the command line."""
+    if isinstance(value, list):
+        return ", ".join("x".join(map(str, one)) if isinstance(one, list) else str(one) for one in value) or "default"
+    return "default" if value is None else str(value)
 
 
 def _case_table(case: Mapping[str, Any], report: Mapping[str, Any]) -> Table:
@@ -87,7 +97,8 @@ def _case_table(case: Mapping[str, Any], report: Mapping[str, Any]) -> Table:
         cells = [_name(row, case), _error(row, "value"), _error(row, "gradient")]
         for malloc in mallocs:
             cells += _timing_cells(row["timings"].get(malloc), compared=compared)
-        table.add_row(*cells, _megabytes(row["peak_bytes"]), _megabytes(row["formula_bytes"]))
+        over = " OVER" if row["over_promise"] else ""
+        table.add_row(*cells, _megabytes(row["peak_bytes"]) + over, _megabytes(row["formula_bytes"]))
     return table
 
 
@@ -175,14 +186,16 @@ def print_certification(results: Sequence[Certificate | Failure]) -> None:
 
 
 def print_static(table: Mapping[str, Any]) -> None:
-    """Every kernel and configuration for every target, and what the columns leave open."""
+    """Plain forms of every kernel and configuration for every target, all that spills, and what columns leave open."""
     console = _console()
     for name, product in table["targets"].items():
         console.print(f"{name} ({product})", style="bold", soft_wrap=True)
-        console.print(_static_table([one for one in table["kernels"] if one["target"] == name]))
+        shown = [one for one in table["kernels"] if not one["form"] or not one["is_sound"]]
+        console.print(_static_table([one for one in shown if one["target"] == name]))
         console.print()
-    spilling = table["num_spilling"]
-    console.print(f"default configurations that spill: {spilling}" + (" (this fails)" if spilling else ""))
+    spilling, num_forms = table["num_spilling"], sum(bool(one["form"]) for one in table["kernels"])
+    console.print(f"compiled as well, and shown only where they spill: {num_forms} with masks, softcaps, odd sizes ...")
+    console.print(f"that spill: {spilling}" + (" (this fails)" if spilling else ""))
     console.print(
         "* the default configuration. GPU times: not measured. The share of the memory bandwidth is a bound from"
     )
@@ -196,7 +209,7 @@ def _static_table(kernels: Sequence[Mapping[str, Any]]) -> Table:
     for one in kernels:
         bound = one["bound"]
         table.add_row(
-            f"{one['kernel']} {one['variant']} {one['configuration']}" + (" *" if one["is_default"] else ""),
+            _static_name(one),
             str(one["registers"]),
             str(one["spills"]) + ("" if one["is_sound"] else " SPILLS"),
             str(one["shared_bytes"]),
@@ -207,6 +220,11 @@ def _static_table(kernels: Sequence[Mapping[str, Any]]) -> Table:
             NONE if bound is None else bound["limit"],
         )
     return table
+
+
+def _static_name(one: Mapping[str, Any]) -> str:
+    form = f", {one['form']}" if one["form"] else ""
+    return f"{one['kernel']} {one['variant']}{form} {one['configuration']}" + (" *" if one["is_default"] else "")
 
 
 def _whole(number: float | None) -> str:

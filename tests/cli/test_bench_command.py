@@ -15,6 +15,7 @@ from grpoforge_kernels.aot_model import Bound as Bound_
 from grpoforge_kernels.bench import adversarial, child, lineup, problems, report
 from grpoforge_kernels.bench.accuracy import BOUNDS, Bound
 from grpoforge_kernels.bench.contenders import PLAIN_TORCH, Contender
+from grpoforge_kernels.bench.plan import OPS, ROUNDS, Plan
 from grpoforge_kernels.certify import Certificate, Failure, Identity
 
 SMALL = ("bench", "selective_log_softmax", "--quick", "--rounds", "2", "--shape", "6x300", "--dtype", "fp32")
@@ -49,6 +50,19 @@ def test_it_measures_and_says_what_it_did_not(cli: Callable[..., Any]) -> None:
     assert "selective_log_softmax fp32 6x300 on cpu: forward and backward\n" in said.err
 
 
+def test_the_help_names_operations_defaults_and_what_is_needed(cli: Callable[..., Any]) -> None:
+    said = cli("bench", "--help")
+    text = " ".join(said.out.replace("│", " ").split())
+    assert ", ".join(OPS) in text and f"By default {', '.join(Plan().dtypes)}." in text
+    assert (
+        "tokens x vocabulary x hidden size (linear_logprobs)" in text
+        and "rows x tokens (grpo_loss, named alone)" in text
+    )
+    assert f"By default {', '.join(str(n) for n in list(ROUNDS.values())[:2])} or {ROUNDS['full']}" in text
+    assert "keeps a certificate" in text and "needs the package triton" in text
+    assert "a kernel is wrong, holds more memory than it promises" in text
+
+
 def test_the_report_is_written_and_compared_with(
     cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,6 +78,8 @@ def test_the_report_is_written_and_compared_with(
     assert said.code == 0
     assert f"`x then` is relative to commit {first['commit'] or 'unknown'}, {first['date']}" in said.out
     assert "x then" in said.out
+    assert ": 0 of " not in said.out and " timings were measured then too" in said.out
+    assert "other options then" not in said.out
     second = json.loads((tmp_path / "second.json").read_text())
     lead = next(row for row in second["cases"][0]["rows"] if row["ours"])
     assert lead["timings"]["stock"]["against"] > 10
@@ -147,7 +163,7 @@ def test_mistakes(cli: Callable[..., Any], arguments: tuple[str, ...], message: 
     assert said.err.endswith(f"error: {message}\nhint: {hint}\n")
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"schema": 0}', "\x00"])
+@pytest.mark.parametrize("text", ["", "[]", '{"schema": 0}', '{"schema": 1, "cases": []}', "\x00"])
 def test_a_file_that_is_no_report(cli: Callable[..., Any], tmp_path: Path, text: str) -> None:
     (tmp_path / "odd.json").write_text(text)
     said = cli("bench", "--against", "odd.json")
@@ -204,15 +220,16 @@ def test_certification_is_the_real_one(cli: Callable[..., Any], monkeypatch: pyt
     assert asked == ["cpu"]
 
 
-def compiled(spills: int) -> Any:
+def compiled(spills: int, form: str = "", *, is_default: bool = True) -> Any:
     return aot.Compiled(
-        *("row_stats", "bf16", "u4w4", True, "sm_90", 48, spills, 0, 16, 0.625, 303_902, 303_900, 7.8, 1.03),
+        *("row_stats", "bf16", form, "u4w4", is_default, "sm_90", 48, spills, 0, 16, 0.625),
+        *(303_902, 303_900, 7.8, 1.03),
         Bound_(0.44, 0.47, 4.0),
     )
 
 
 @pytest.mark.parametrize(("spills", "code"), [(0, 0), (3, 1)])
-def test_spills_of_a_default_end_with_1(
+def test_spills_end_with_1(
     cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spills: int, code: int
 ) -> None:
     monkeypatch.setattr(aot, "compile_all", lambda: [compiled(spills)])
@@ -223,7 +240,50 @@ def test_spills_of_a_default_end_with_1(
     assert row == [
         *("row_stats", "bf16", "u4w4", "*", "48", *shown, "16", "62%", "303,902", "303,900", "100%", "exponentials")
     ]
-    assert f"default configurations that spill: {code}" in said.out
+    assert f"that spill: {code}" in said.out
     assert "GPU times: not measured." in said.out
     (kernel,) = json.loads((tmp_path / "ptx.json").read_text())["kernels"]
     assert kernel["bound"]["bandwidth"] == 1.0 and kernel["is_sound"] is (spills == 0)
+
+
+@pytest.mark.parametrize(("spills", "code"), [(0, 0), (2, 1)])
+def test_a_form_of_another_configuration_counts_and_is_shown_where_it_spills(
+    cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, spills: int, code: int
+) -> None:
+    found = [compiled(0), compiled(spills, "softcap", is_default=False)]
+    monkeypatch.setattr(aot, "compile_all", lambda: found)
+    said = cli("bench", "--ptx")
+    assert said.code == code
+    assert ("row_stats bf16, softcap u4w4  " in said.out) is bool(spills)
+    assert "shown only where they spill: 1 with masks" in said.out
+
+
+def test_options_that_differ_from_then_are_said(cli: Callable[..., Any]) -> None:
+    assert cli(*SMALL, "--backend", "reference", "--json", "then.json").code == 0
+    other = [word if word != "6x300" else "7x300" for word in SMALL]
+    said = cli(*other, "--backend", "reference", "--against", "then.json")
+    assert said.code == 0
+    line = next(line for line in said.out.splitlines() if line.startswith("`x then`"))
+    # Both modes of the reference and the peers that need no compiler, none of them in this shape.
+    assert " 0 of " in line
+    assert "other options then: shapes 6x300 then, 7x300 now" in said.out.splitlines()
+
+
+@pytest.mark.parametrize(("peak", "code"), [(3 * 2**20, 1), (2**20, 0)])
+def test_more_memory_than_promised_ends_with_1(
+    cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, peak: int, code: int
+) -> None:
+    def start(problem: problems.Problem) -> Any:
+        exact = problems.exact(problem)
+        return lambda: exact
+
+    fake = Contender("fake", start, ours=True, formula="20 N", formula_bytes=2 * 2**20)
+    monkeypatch.setattr(lineup, "contenders", lambda case, plan: [fake])
+    monkeypatch.setattr(child, "measure_memory", lambda plan, case, names: {"fake": peak})
+    said = cli(*(word for word in SMALL if word != "--quick"))
+    assert said.code == code
+    assert ("3.0 MB OVER    2.0 MB" in said.out) == bool(code)
+    wrong = (
+        "wrong: selective_log_softmax fp32 6x300 on cpu: forward and backward: fake: 3.0 MB at the peak, 20 N promises"
+    )
+    assert (f"{wrong} 2.0 MB\n" in said.err) == bool(code)

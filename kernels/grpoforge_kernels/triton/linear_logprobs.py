@@ -1,8 +1,13 @@
 r"""Statistics of rows of ``hidden @ weight.T``, which is never stored: a Triton kernel, for log-probs without gradient.
 
-The logits of a tile live in registers between the product and the statistics. With gradient, products stay with the
-vendor's library: see `grpoforge_kernels.linear_logprobs`, which runs `row_stats` and `row_gradient` on panels. The
-latter is the epilogue of the backward: it takes float32 logits to a gradient in the format of the tensor cores.
+The logits of a tile live in registers between the product and the statistics. **Nothing chooses `linear_stats`**: it is
+tested in the interpreter, compiled for every target by ``grpoforge bench --ptx``, and has run on no GPU. Training keeps
+products with the vendor's library, and `row_stats` and `row_gradient` on panels of them: see
+`grpoforge_kernels.linear_logprobs`. What the kernel would save is writing and reading a panel of logits; what it costs
+is a product that may be slower than the vendor's. ``grpoforge bench linear_logprobs --device cuda`` compares the two,
+as ``triton, vocabulary chunks`` and ``triton, one kernel forward``; when the second wins, it belongs into the forward.
+
+`row_gradient` is the epilogue of the backward: it takes float32 logits to a gradient in the format of the tensor cores.
 
 Bytes, with tiles of :math:`B_n` rows and :math:`B_v` tokens and the operands of a group of tiles in L2: at least
 :math:`(N + V) H b + 20 N P` with ``P`` slices of the vocabulary, at most :math:`N V H b (1/B_n + 1/B_v)`; the
@@ -146,19 +151,20 @@ def linear_stats(
     """`row_stats` of ``hidden [N, H] @ weight[V, H].T + bias [V]``, of which only tiles ever exist.
 
     Extra memory: ``16 N P`` bytes with ``P <= 64``. Products of half-precision operands are summed in float32, and
-    float32 operands are multiplied in full (no TF32).
+    float32 operands are multiplied in full (no TF32). For comparisons: training does not call this, see above.
     """
     num_rows, vocab_size = len(hidden), len(weight)
     stats = torch.empty((4, num_rows), dtype=torch.float32, device=hidden.device)
     if num_rows == 0:
         return RowStats(*stats)
-    config = configs.linear_config(hidden.dtype, vocab_size, hidden.device)
-    num_parts, slice_size = _split(num_rows, vocab_size, config, hidden.device)
+    dtype = hidden.dtype
     if hidden.device.type == "cpu":
         # The interpreter's products do not know bfloat16. In float32 they are the same: each product is exact there.
         hidden, weight = hidden.float(), weight.float()
-    partial = stats if num_parts == 1 else stats.new_empty((4, num_parts, num_rows))
     operands = (_rows(hidden), _rows(weight), bias, ids, inv_temperature, mask)
+    config = _config(dtype, operands, softcap, scale)
+    num_parts, slice_size = _split(num_rows, vocab_size, config, hidden.device)
+    partial = stats if num_parts == 1 else stats.new_empty((4, num_parts, num_rows))
     launch_linear_stats(config, operands, partial, num_parts, slice_size, first_id, softcap, scale)
     if num_parts > 1:
         launch_merge(partial, inv_temperature, stats)
@@ -202,13 +208,28 @@ def launch_linear_stats(
         HAS_MASK=mask is not None,
         SCALE=float(scale),
         SOFTCAP=float(softcap or 0),
-        ALIGNED=hidden.stride(0) % 16 == 0 and weight.stride(0) % 16 == 0,
+        ALIGNED=_is_aligned(hidden, weight),
         ROWS=config.rows,
         COLUMNS=config.columns,
         DEPTH=config.depth,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+
+
+def _config(dtype: torch.dtype, operands: Operands, softcap: float | None, scale: float) -> configs.Linear:
+    """The tile that is meant for plain products, where this is one."""
+    hidden, weight, bias, _, _, mask = operands
+    arch = configs.architecture(hidden.device)
+    config = configs.linear_config(dtype, arch, plain=True)
+    is_plain = bias is None and mask is None and not softcap and scale == 1
+    if is_plain and _is_aligned(hidden, weight) and hidden.shape[1] % config.depth == 0:
+        return config
+    return configs.linear_config(dtype, arch, plain=False)
+
+
+def _is_aligned(hidden: Tensor, weight: Tensor) -> bool:
+    return hidden.stride(0) % 16 == 0 and weight.stride(0) % 16 == 0
 
 
 def _rows(matrix: Tensor) -> Tensor:

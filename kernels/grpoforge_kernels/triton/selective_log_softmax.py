@@ -6,7 +6,8 @@ Both kernels move the fewest bytes that the task allows. With :math:`b` bytes pe
     \text{row\_gradient: } V b + V b_{out} + \text{a few scalars per block}:
 
 the logits once (and the chosen one again, from cache), id, inverse temperature, four statistics, and the mask if there
-is one; then the logits once more and the gradient once. Split over ``P`` programs a row costs ``32 P`` bytes more.
+is one; then the logits once more and the gradient once. Split over ``P`` programs a row costs ``44 P - 8`` bytes more:
+each reads id and inverse temperature and stores its four statistics, which a last one reads again.
 
 No index is narrower than 64 bits where a tensor may have 2^31 elements. Numbers that change with the batch are not
 compiled in, so no length of a batch compiles anything; scale and softcap are, since they belong to the model.
@@ -388,12 +389,12 @@ def launch_row_stats(
     entropy: bool,
     softcap: float | None,
     scale: float,
-) -> None:
-    """Fill ``partial [4, P, N]``."""
+) -> object:
+    """Fill ``partial [4, P, N]``. Returns the compiled kernel."""
     num_rows, vocab_size = logits.shape
     assert logits.stride(1) == 1 or vocab_size == 1, "neighbors in a row are neighbors in memory"
     vector = configs.row_vector(logits.dtype, vocab_size, logits.stride(0))
-    row_stats_kernel[(num_rows, num_parts)](
+    return row_stats_kernel[(num_rows, num_parts)](
         logits,
         ids.contiguous(),
         inv_temperature,
@@ -472,15 +473,15 @@ def launch_row_gradient(
     scale: float,
     first_id: int,
     out: Tensor,
-) -> None:
-    """Fill ``out [N, V]``."""
+) -> object:
+    """Fill ``out [N, V]``. Returns the compiled kernel."""
     num_rows, vocab_size = logits.shape
     assert vocab_size == 1 or logits.stride(1) == out.stride(1) == 1, "neighbors in a row are neighbors in memory"
     vector = max(configs.vector(logits.dtype), configs.vector(out.dtype))
     # Loads and stores are cut at the same columns, so both rows have to be equally far from an aligned address.
     vector = vector if (logits.stride(0) - out.stride(0)) % vector == 0 else 1
     num_blocks = triton.cdiv(vocab_size + vector - 1, config.block * config.pieces)
-    row_gradient_kernel[(num_rows * num_blocks,)](
+    return row_gradient_kernel[(num_rows * num_blocks,)](
         logits,
         out,
         ids.contiguous(),
