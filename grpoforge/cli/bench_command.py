@@ -173,7 +173,7 @@ def _certify(device: str, json_file: Path | None) -> NoReturn:
 
 
 def _ptx(json_file: Path | None) -> NoReturn:
-    announce("compiling every kernel for every target; about half a minute ...")
+    announce("compiling every kernel for every target; some minutes on two cores, seconds once Triton knows them ...")
     from grpoforge.cli.bench_display import print_static
     from grpoforge_kernels.bench import static
 

@@ -173,14 +173,16 @@ def print_certification(results: Sequence[Certificate | Failure]) -> None:
 
 
 def print_static(table: Mapping[str, Any]) -> None:
-    """Every kernel and configuration for every target, and what the columns leave open."""
+    """Plain forms of every kernel and configuration for every target, all that spills, and what columns leave open."""
     console = _console()
     for name, product in table["targets"].items():
         console.print(f"{name} ({product})", style="bold", soft_wrap=True)
-        console.print(_static_table([one for one in table["kernels"] if one["target"] == name]))
+        shown = [one for one in table["kernels"] if not one["form"] or not one["is_sound"]]
+        console.print(_static_table([one for one in shown if one["target"] == name]))
         console.print()
-    spilling = table["num_spilling"]
-    console.print(f"default configurations that spill: {spilling}" + (" (this fails)" if spilling else ""))
+    spilling, num_forms = table["num_spilling"], sum(bool(one["form"]) for one in table["kernels"])
+    console.print(f"compiled as well, and shown only where they spill: {num_forms} with masks, softcaps, odd sizes ...")
+    console.print(f"that spill: {spilling}" + (" (this fails)" if spilling else ""))
     console.print(
         "* the default configuration. GPU times: not measured. The share of the memory bandwidth is a bound from"
     )
@@ -194,7 +196,7 @@ def _static_table(kernels: Sequence[Mapping[str, Any]]) -> Table:
     for one in kernels:
         bound = one["bound"]
         table.add_row(
-            f"{one['kernel']} {one['variant']} {one['configuration']}" + (" *" if one["is_default"] else ""),
+            _static_name(one),
             str(one["registers"]),
             str(one["spills"]) + ("" if one["is_sound"] else " SPILLS"),
             str(one["shared_bytes"]),
@@ -205,6 +207,11 @@ def _static_table(kernels: Sequence[Mapping[str, Any]]) -> Table:
             NONE if bound is None else bound["limit"],
         )
     return table
+
+
+def _static_name(one: Mapping[str, Any]) -> str:
+    form = f", {one['form']}" if one["form"] else ""
+    return f"{one['kernel']} {one['variant']}{form} {one['configuration']}" + (" *" if one["is_default"] else "")
 
 
 def _whole(number: float | None) -> str:

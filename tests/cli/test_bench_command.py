@@ -178,15 +178,16 @@ def test_certification_is_the_real_one(cli: Callable[..., Any], monkeypatch: pyt
     assert asked == ["cpu"]
 
 
-def compiled(spills: int) -> Any:
+def compiled(spills: int, form: str = "", *, is_default: bool = True) -> Any:
     return aot.Compiled(
-        *("row_stats", "bf16", "u4w4", True, "sm_90", 48, spills, 0, 16, 0.625, 303_902, 303_900, 7.8, 1.03),
+        *("row_stats", "bf16", form, "u4w4", is_default, "sm_90", 48, spills, 0, 16, 0.625),
+        *(303_902, 303_900, 7.8, 1.03),
         Bound_(0.44, 0.47, 4.0),
     )
 
 
 @pytest.mark.parametrize(("spills", "code"), [(0, 0), (3, 1)])
-def test_spills_of_a_default_end_with_1(
+def test_spills_end_with_1(
     cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spills: int, code: int
 ) -> None:
     monkeypatch.setattr(aot, "compile_all", lambda: [compiled(spills)])
@@ -197,7 +198,19 @@ def test_spills_of_a_default_end_with_1(
     assert row == [
         *("row_stats", "bf16", "u4w4", "*", "48", *shown, "16", "62%", "303,902", "303,900", "100%", "exponentials")
     ]
-    assert f"default configurations that spill: {code}" in said.out
+    assert f"that spill: {code}" in said.out
     assert "GPU times: not measured." in said.out
     (kernel,) = json.loads((tmp_path / "ptx.json").read_text())["kernels"]
     assert kernel["bound"]["bandwidth"] == 1.0 and kernel["is_sound"] is (spills == 0)
+
+
+@pytest.mark.parametrize(("spills", "code"), [(0, 0), (2, 1)])
+def test_a_form_of_another_configuration_counts_and_is_shown_where_it_spills(
+    cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, spills: int, code: int
+) -> None:
+    found = [compiled(0), compiled(spills, "softcap", is_default=False)]
+    monkeypatch.setattr(aot, "compile_all", lambda: found)
+    said = cli("bench", "--ptx")
+    assert said.code == code
+    assert ("row_stats bf16, softcap u4w4  " in said.out) is bool(spills)
+    assert "shown only where they spill: 1 with masks" in said.out

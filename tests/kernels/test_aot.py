@@ -9,11 +9,13 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 
-from grpoforge_kernels import aot
+from grpoforge_kernels import aot, aot_cases
 from grpoforge_kernels.aot_code import Counts, parse_amdgcn, parse_sass
 from grpoforge_kernels.aot_model import TARGETS, occupancy, roofline
 from grpoforge_kernels.errors import KernelError
+from grpoforge_kernels.triton import configs
 
 SASS = """
 	.headerflags	@"EF_CUDA_SM90"
@@ -141,7 +143,7 @@ def compiled(targets: list[str], kernels: list[str], *, every: bool) -> list[dic
 
 
 def assert_sound(one: dict[str, Any]) -> None:
-    name = f"{one['kernel']} {one['variant']} {one['configuration']} on {one['target']}"
+    name = f"{one['kernel']} {one['variant']} {one['form']} {one['configuration']} on {one['target']}"
     assert one["spills"] == 0 and one["local_bytes"] == 0, f"{name} spills"
     if one["is_default"] and one["allowed"] is not None:
         assert one["allowed"] >= 0.9, f"{name}: {one['allowed']:.2f} of the memory bandwidth at most"
@@ -150,9 +152,12 @@ def assert_sound(one: dict[str, Any]) -> None:
 def assert_lean(one: dict[str, Any]) -> None:
     """Budgets of the default configurations."""
     name = f"{one['kernel']} {one['variant']} {one['configuration']} on {one['target']}"
-    assert one["bytes_per_token"] <= 1.002 * one["minimal_bytes_per_token"], name
+    # The scalars of a block weigh more in a short row.
+    most = 1.007 if "small V" in one["variant"] else 1.002
+    assert one["bytes_per_token"] <= most * one["minimal_bytes_per_token"], name
     if one["kernel"] == "row_stats":
-        assert one["exponentials_per_logit"] <= 1.07, name
+        # One more for each lane and turn, of at least 8 logits (float32, small V), else of 16.
+        assert one["exponentials_per_logit"] <= (1.125 if "small V" in one["variant"] else 1.07), name
         assert one["instructions_per_logit"] <= 10.5, name
         assert one["shared_bytes"] <= 64, name
     else:
@@ -163,7 +168,7 @@ def assert_lean(one: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_row_kernels_keep_their_budget(target: str) -> None:
-    rows = [one for one in compiled([target], ["row_stats"], every=False) if one["variant"] == "bf16 entropy"]
+    rows = [one for one in compiled([target], ["row_stats"], every=False) if one["variant"] == "bf16"]
     assert len(rows) == 1
     assert_sound(rows[0])
     assert_lean(rows[0])
@@ -179,5 +184,57 @@ def test_every_kernel_and_configuration_compiles_without_spills(target: str) -> 
     }  # fmt: skip
     for one in found:
         assert_sound(one)
-        if one["is_default"] and one["kernel"].startswith("row_"):
+        if one["is_default"] and not one["form"] and one["kernel"].startswith("row_"):
             assert_lean(one)
+
+
+def chosen(kernel: str, target: str) -> set[tuple[str, str]]:
+    """Variant and configuration of all that the launchers and `tune` choose from."""
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    variants: dict[str, Any]
+    if kernel == "row_stats":
+        variants = {name: (configs.row_stats_candidates, dtype) for name, dtype in dtypes.items()}
+    else:
+        pairs = ("bf16 to bf16", "fp16 to fp16", "fp32 to fp32", "fp32 to bf16", "fp32 to fp16")
+        variants = {pair: (configs.row_gradient_candidates, dtypes[pair[:4]]) for pair in pairs}
+    return {
+        (f"{name}{bucket}", option)
+        for name, (candidates, dtype) in variants.items()
+        for bucket, size in (("", 151_936), (", small V", 8192))
+        for option in candidates(dtype, size, target).options
+    }
+
+
+@pytest.mark.parametrize("target", list(TARGETS))
+@pytest.mark.parametrize("kernel", ["row_stats", "row_gradient"])
+def test_whatever_can_be_chosen_is_compiled_plain_and_with_everything(kernel: str, target: str) -> None:
+    found = [case for case in aot_cases.cases(target) if case.kernel == kernel]
+    for form in ("", aot_cases.FULLEST):
+        assert {(case.variant, case.configuration) for case in found if case.form == form} == chosen(kernel, target)
+
+
+def test_a_default_is_compiled_with_each_thing_alone() -> None:
+    found = list(aot_cases.cases("sm_90"))
+    expected = {
+        "row_stats": {"", "no entropy", "masked", "scale", "softcap", "V of twos", "odd V", aot_cases.FULLEST},
+        "row_gradient": {"", "masked", "scale", "softcap", "odd V", "unlike strides", aot_cases.FULLEST},
+        "linear_stats": {"", "masked", "scale", "softcap", "bias", "odd H", aot_cases.FULLEST},
+    }
+    for kernel, forms in expected.items():
+        for variant in ("bf16", "fp32") if kernel != "row_gradient" else ("bf16 to bf16", "fp32 to fp32"):
+            some = [c for c in found if (c.kernel, c.variant, c.is_default) == (kernel, variant, True)]
+            assert {case.form for case in some} == forms
+    fullest = next(case for case in found if (case.kernel, case.form) == ("row_stats", aot_cases.FULLEST))
+    assert fullest.types["mask"] == "*i1" and "mask" not in fullest.constants
+    assert {name: fullest.constants[name] for name in ("HAS_MASK", "SCALE", "SOFTCAP", "VECTOR")} == {
+        "HAS_MASK": True, "SCALE": 0.7, "SOFTCAP": 30.0, "VECTOR": 1,
+    }  # fmt: skip
+    assert fullest.constants["UNROLL"] == 16, "as many logits for each thread as four vectors of four float32 hold"
+    losses = {case.variant for case in found if case.kernel == "grpo_loss"}
+    assert len(losses) == 16 and {"k1", "no KL, from statistics", "k2, no gradient"} < losses
+    assert {case.variant for case in found if case.kernel == "merge"} == {
+        f"{parts} parts" for parts in (2, 4, 8, 16, 32, 64)
+    }
+    assert {case.variant for case in found if case.kernel == "scale"} == {
+        *("fp32", "bf16", "fp16"), *(f"{name}, odd size" for name in ("fp32", "bf16", "fp16"))
+    }  # fmt: skip

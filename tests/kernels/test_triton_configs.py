@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,10 @@ def test_keys_tell_dtype_size_and_architecture_apart() -> None:
 def test_every_architecture_has_a_tile() -> None:
     for arch in ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100", "interpreter"):
         for dtype in (BF16, torch.float32):
-            assert configs.linear_candidates(dtype, 32_000, arch).default.rows >= 32
+            for plain in (True, False):
+                assert configs.linear_config(dtype, arch, plain=plain).rows >= 32
+    assert configs.linear_config(BF16, "sm_90", plain=True).columns == 256
+    assert configs.linear_config(BF16, "sm_90", plain=False).columns == 128
 
 
 def test_winner_is_kept_for_this_process_and_the_next(folder: Path) -> None:
@@ -91,13 +95,41 @@ def test_cache_that_cannot_be_written_is_said_once(
 
 def test_tune_keeps_the_fastest_median(monkeypatch: pytest.MonkeyPatch) -> None:
     candidates = configs.row_gradient_candidates(BF16, 151_936, "sm_90")
-    fast = candidates.options["e32p2w4"]
+    fast = candidates.options["e16p2w4"]
     monkeypatch.setattr(configs, "_milliseconds", lambda run, config: 1.0 if config == fast else 2.0)
     runs = []
     medians = configs.tune(candidates, runs.append)
     assert runs == list(candidates.options.values()), "each is compiled before any is timed"
-    assert medians == {"e16p4w4": 2.0, "e16p8w4": 2.0, "e32p2w4": 1.0, "e16p4w8": 2.0}
+    assert medians == {"e16p4w4": 2.0, "e16p8w4": 2.0, "e16p2w4": 1.0, "e16p4w8": 2.0}
     assert configs.select(candidates) == fast
+
+
+@dataclass(frozen=True)
+class Launched:
+    """What Triton gives back of a launch, as far as it is looked at."""
+
+    n_spills: int
+
+
+@pytest.mark.parametrize(("spills", "kept"), [(("e16p2w4",), "e16p8w4"), (("e16p2w4", "e16p8w4"), "e16p4w4")])
+def test_tune_keeps_nothing_that_spills(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, spills: tuple[str, ...], kept: str
+) -> None:
+    candidates = configs.row_gradient_candidates(BF16, 151_936, "sm_90")
+    names = {config: name for name, config in candidates.options.items()}
+    # The more it spills, the faster it would be.
+    speed = {"e16p2w4": 1.0, "e16p8w4": 2.0, "e16p4w4": 3.0, "e16p4w8": 4.0}
+    monkeypatch.setattr(configs, "_milliseconds", lambda run, config: speed[names[config]])
+    medians = configs.tune(candidates, lambda config: Launched(2 * (names[config] in spills)))
+    assert not set(spills) & set(medians)
+    assert configs.select(candidates) == candidates.options[kept]
+
+
+def test_where_everything_spills_tune_keeps_nothing(folder: Path) -> None:
+    candidates = configs.row_gradient_candidates(BF16, 151_936, "sm_90")
+    assert configs.tune(candidates, lambda config: Launched(1)) == {}
+    assert configs.select(candidates) == candidates.default
+    assert not (folder / "triton-configs.json").exists()
 
 
 def test_vectors_fit_length_and_stride() -> None:

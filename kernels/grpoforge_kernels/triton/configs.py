@@ -1,10 +1,10 @@
 """How the Triton kernels are cut: a table by dtype, size of the vocabulary and architecture, and `tune` to improve it.
 
-Nothing is timed when a kernel is first called. The table's first candidate is the default: in the cases that
-`grpoforge_kernels.aot` compiles, it spills on no target. On a GPU, ``grpoforge bench`` calls `tune`, which times the
-candidates and keeps the winner in the user's cache. ``GRPOFORGE_DETERMINISTIC=1``, or
-``torch.use_deterministic_algorithms(True)``, takes the defaults and never splits a row of logits, so results depend
-neither on the cache nor on the size of a batch.
+Nothing is timed when a kernel is first called. The table's first candidate is the default. No candidate spills
+registers in the cases of `grpoforge_kernels.aot_cases`, on any target there. On a GPU, ``grpoforge bench`` calls
+`tune`, which times the candidates, leaves out what spills on that GPU and keeps the winner in the user's cache.
+``GRPOFORGE_DETERMINISTIC=1``, or ``torch.use_deterministic_algorithms(True)``, takes the defaults and never splits a
+row of logits, so results depend neither on the cache nor on the size of a batch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ VECTOR_BYTES = 16
 MERGE_ROWS = 32
 MERGE_WARPS = 4
 TOKEN_BLOCK = 512
-TOKEN_WARPS = 4
+TOKEN_WARPS = 8
 MAX_PARTS = 64
 DETERMINISTIC_PARTS = 16
 """Slices of a head in deterministic mode, whatever the number of rows."""
@@ -37,19 +37,29 @@ MIN_BLOCKS_PER_PART = 4
 """A part that is shorter than this many turns of the loop costs more to start and to merge than it saves."""
 TUNING_ROUNDS = 20
 
-Tiles = tuple[tuple[int, int, int, int, int], ...]
-LINEAR_TILES: Mapping[str, Tiles] = {
-    "sm_90": ((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (64, 128, 64, 4, 3)),
-    "sm_10": ((64, 128, 64, 4, 3),),
-    "sm_12": ((64, 128, 64, 4, 3),),
-    "gfx": ((128, 128, 32, 8, 2), (64, 128, 32, 4, 2), (128, 128, 64, 8, 2)),
-    "": ((128, 128, 64, 8, 3), (128, 128, 32, 8, 3), (64, 128, 64, 4, 3)),
+Tile = tuple[int, int, int, int, int]
+"""Rows, columns, depth, warps and stages."""
+LINEAR_TILES: Mapping[str, Tile] = {
+    "sm_90": (128, 256, 64, 8, 3),
+    "sm_10": (64, 128, 64, 4, 3),
+    "sm_12": (64, 128, 64, 4, 3),
+    "gfx": (128, 128, 32, 8, 2),
+    "": (128, 128, 64, 8, 3),
 }
-"""Rows, columns, depth, warps and stages by the start of an architecture's name; the first of each is its default."""
-LINEAR_TILES_FLOAT32: Mapping[str, Tiles] = {
-    "sm_10": ((32, 64, 32, 4, 2),),
-    "sm_12": ((32, 64, 32, 4, 2),),
-    "": ((64, 64, 16, 8, 2),),
+"""By the start of an architecture's name: where nothing but the product fills registers."""
+LINEAR_TILES_SPARING: Mapping[str, Tile] = {
+    "sm_90": (128, 128, 32, 8, 3),
+    "sm_10": (64, 64, 32, 8, 2),
+    "sm_12": (64, 64, 32, 8, 2),
+    "gfx": (128, 128, 32, 8, 2),
+    "": (64, 128, 32, 8, 2),
+}
+"""Where masks, biases, softcaps or narrow loads want registers too: the largest tiles without spills."""
+LINEAR_TILES_FLOAT32: Mapping[str, Tile] = {
+    "sm_10": (32, 64, 32, 4, 2),
+    "sm_12": (32, 64, 32, 4, 2),
+    "gfx": (32, 64, 32, 8, 2),
+    "": (64, 64, 16, 8, 2),
 }
 """Full float32 products leave the tensor cores: small tiles fit the registers."""
 
@@ -91,7 +101,7 @@ class Linear:
     num_stages: int
 
 
-Config = TypeVar("Config", RowStats, RowGradient, Linear)
+Config = TypeVar("Config", RowStats, RowGradient)
 
 
 @dataclass(frozen=True)
@@ -129,21 +139,13 @@ def row_stats_candidates(dtype: torch.dtype, vocab_size: int, arch: str) -> Cand
 
 
 def row_gradient_candidates(dtype: torch.dtype, vocab_size: int, arch: str) -> Candidates[RowGradient]:
-    """Cuts of `row_gradient`: 8 to 32 logits in flight for each thread."""
-    cuts = {"small": ((16, 1, 4), (8, 1, 4), (16, 1, 2)), "large": ((16, 4, 4), (16, 8, 4), (32, 2, 4), (16, 4, 8))}
+    """Cuts of `row_gradient`: 16 logits in flight for each thread; 32 spill where rows have unlike strides."""
+    cuts = {"small": ((16, 4, 2), (16, 2, 4), (16, 1, 4)), "large": ((16, 4, 4), (16, 8, 4), (16, 2, 4), (16, 4, 8))}
     options = {
         f"e{each}p{pieces}w{num_warps}": RowGradient(_warp_size(arch) * each * num_warps, pieces, num_warps)
         for each, pieces, num_warps in cuts[_bucket(vocab_size)]
     }
     return Candidates("row_gradient", _key(dtype, vocab_size, arch), options)
-
-
-def linear_candidates(dtype: torch.dtype, vocab_size: int, arch: str) -> Candidates[Linear]:
-    """Tiles of `linear_stats`."""
-    halves = LINEAR_TILES if dtype != torch.float32 else LINEAR_TILES_FLOAT32
-    chosen = next(tiles for prefix, tiles in halves.items() if arch.startswith(prefix))
-    options = {"x".join(map(str, tile)): Linear(*tile) for tile in chosen}
-    return Candidates("linear_stats", _key(dtype, vocab_size, arch), options)
 
 
 def row_stats_config(dtype: torch.dtype, vocab_size: int, device: torch.device) -> RowStats:
@@ -156,9 +158,14 @@ def row_gradient_config(dtype: torch.dtype, vocab_size: int, device: torch.devic
     return select(row_gradient_candidates(dtype, vocab_size, architecture(device)))
 
 
-def linear_config(dtype: torch.dtype, vocab_size: int, device: torch.device) -> Linear:
-    """The tile of `linear_stats` for this device."""
-    return select(linear_candidates(dtype, vocab_size, architecture(device)))
+def linear_config(dtype: torch.dtype, arch: str, *, plain: bool) -> Linear:
+    """The tile of `linear_stats`; ``plain`` where it is a product of aligned operands and nothing more.
+
+    Nothing tunes it: see there.
+    """
+    halves = LINEAR_TILES if plain else LINEAR_TILES_SPARING
+    tiles = LINEAR_TILES_FLOAT32 if dtype == torch.float32 else halves
+    return Linear(*next(tile for prefix, tile in tiles.items() if arch.startswith(prefix)))
 
 
 def select(candidates: Candidates[Config]) -> Config:
@@ -209,17 +216,23 @@ def architecture(device: torch.device) -> str:
 def tune(candidates: Candidates[Config], run: Callable[[Config], object]) -> dict[str, float]:
     """Median milliseconds of ``run`` with each candidate on the current GPU; the winner is kept in the user's cache.
 
-    Candidates take turns, so a clock that drifts meets all of them.
+    ``run`` returns the kernel that it launched. A candidate whose kernel spills registers on this GPU is left out; when
+    all of them do, nothing is kept and the default stays. Candidates take turns, so a clock that drifts meets all.
     """
-    times: dict[str, list[float]] = {name: [] for name in candidates.options}
-    for config in candidates.options.values():
-        run(config)
+    fitting = {name: config for name, config in candidates.options.items() if not _num_spills(run(config))}
+    times: dict[str, list[float]] = {name: [] for name in fitting}
     for _ in range(TUNING_ROUNDS):
-        for name, config in candidates.options.items():
+        for name, config in fitting.items():
             times[name].append(_milliseconds(run, config))
     medians = {name: statistics.median(values) for name, values in times.items()}
-    remember(candidates, min(medians, key=medians.__getitem__))
+    if medians:
+        remember(candidates, min(medians, key=medians.__getitem__))
     return medians
+
+
+def _num_spills(kernel: object) -> int:
+    """Of a kernel that was launched; the interpreter has none to show, and no registers."""
+    return int(getattr(kernel, "n_spills", 0))
 
 
 def _milliseconds(run: Callable[[Config], object], config: Config) -> float:

@@ -152,13 +152,14 @@ def linear_stats(
     stats = torch.empty((4, num_rows), dtype=torch.float32, device=hidden.device)
     if num_rows == 0:
         return RowStats(*stats)
-    config = configs.linear_config(hidden.dtype, vocab_size, hidden.device)
-    num_parts, slice_size = _split(num_rows, vocab_size, config, hidden.device)
+    dtype = hidden.dtype
     if hidden.device.type == "cpu":
         # The interpreter's products do not know bfloat16. In float32 they are the same: each product is exact there.
         hidden, weight = hidden.float(), weight.float()
-    partial = stats if num_parts == 1 else stats.new_empty((4, num_parts, num_rows))
     operands = (_rows(hidden), _rows(weight), bias, ids, inv_temperature, mask)
+    config = _config(dtype, operands, softcap, scale)
+    num_parts, slice_size = _split(num_rows, vocab_size, config, hidden.device)
+    partial = stats if num_parts == 1 else stats.new_empty((4, num_parts, num_rows))
     launch_linear_stats(config, operands, partial, num_parts, slice_size, first_id, softcap, scale)
     if num_parts > 1:
         launch_merge(partial, inv_temperature, stats)
@@ -202,13 +203,28 @@ def launch_linear_stats(
         HAS_MASK=mask is not None,
         SCALE=float(scale),
         SOFTCAP=float(softcap or 0),
-        ALIGNED=hidden.stride(0) % 16 == 0 and weight.stride(0) % 16 == 0,
+        ALIGNED=_is_aligned(hidden, weight),
         ROWS=config.rows,
         COLUMNS=config.columns,
         DEPTH=config.depth,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+
+
+def _config(dtype: torch.dtype, operands: Operands, softcap: float | None, scale: float) -> configs.Linear:
+    """The tile that is meant for plain products, where this is one."""
+    hidden, weight, bias, _, _, mask = operands
+    arch = configs.architecture(hidden.device)
+    config = configs.linear_config(dtype, arch, plain=True)
+    is_plain = bias is None and mask is None and not softcap and scale == 1
+    if is_plain and _is_aligned(hidden, weight) and hidden.shape[1] % config.depth == 0:
+        return config
+    return configs.linear_config(dtype, arch, plain=False)
+
+
+def _is_aligned(hidden: Tensor, weight: Tensor) -> bool:
+    return hidden.stride(0) % 16 == 0 and weight.stride(0) % 16 == 0
 
 
 def _rows(matrix: Tensor) -> Tensor:

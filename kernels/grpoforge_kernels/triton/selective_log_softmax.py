@@ -388,12 +388,12 @@ def launch_row_stats(
     entropy: bool,
     softcap: float | None,
     scale: float,
-) -> None:
-    """Fill ``partial [4, P, N]``."""
+) -> object:
+    """Fill ``partial [4, P, N]``. Returns the compiled kernel."""
     num_rows, vocab_size = logits.shape
     assert logits.stride(1) == 1 or vocab_size == 1, "neighbors in a row are neighbors in memory"
     vector = configs.row_vector(logits.dtype, vocab_size, logits.stride(0))
-    row_stats_kernel[(num_rows, num_parts)](
+    return row_stats_kernel[(num_rows, num_parts)](
         logits,
         ids.contiguous(),
         inv_temperature,
@@ -472,15 +472,15 @@ def launch_row_gradient(
     scale: float,
     first_id: int,
     out: Tensor,
-) -> None:
-    """Fill ``out [N, V]``."""
+) -> object:
+    """Fill ``out [N, V]``. Returns the compiled kernel."""
     num_rows, vocab_size = logits.shape
     assert vocab_size == 1 or logits.stride(1) == out.stride(1) == 1, "neighbors in a row are neighbors in memory"
     vector = max(configs.vector(logits.dtype), configs.vector(out.dtype))
     # Loads and stores are cut at the same columns, so both rows have to be equally far from an aligned address.
     vector = vector if (logits.stride(0) - out.stride(0)) % vector == 0 else 1
     num_blocks = triton.cdiv(vocab_size + vector - 1, config.block * config.pieces)
-    row_gradient_kernel[(num_rows * num_blocks,)](
+    return row_gradient_kernel[(num_rows * num_blocks,)](
         logits,
         out,
         ids.contiguous(),
