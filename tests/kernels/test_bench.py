@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from grpoforge_kernels import dispatch, ops
-from grpoforge_kernels.bench import accuracy, child, lineup, machine, measure, memory, peers, problems, report
+from grpoforge_kernels.bench import accuracy, child, lineup, machine, measure, memory, ours, peers, problems, report
 from grpoforge_kernels.bench.accuracy import Bound, Errors
 from grpoforge_kernels.bench.contenders import PLAIN_TORCH, Contender
 from grpoforge_kernels.bench.plan import OPS, Case, Plan, parse_shape
@@ -165,6 +165,18 @@ def test_a_backend_that_cannot_run_is_an_error() -> None:
     assert refused.value.hint == "the backends are reference, cpp, triton"
     with pytest.raises(KernelError, match="there is none of that name"):
         lineup.contenders(TINY["selective_log_softmax"], Plan(backends=("fortran",)))
+
+
+def test_the_one_kernel_of_a_head_is_compared_where_triton_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ours, "_linear_bytes", lambda case, chunk_rows: 0)
+    monkeypatch.setattr(ours, "_obstacle", lambda name, case: None)
+    case = replace(TINY["linear_logprobs"], device="cuda")
+    names = [one.name for one in ours.contenders(case, ("triton", "reference"))]
+    assert names == [
+        *("triton, row chunks", "triton, vocabulary chunks", "triton, one kernel forward"),
+        "reference, row chunks",
+    ]
+    assert "reference, one kernel forward" not in [one.name for one in ours.contenders(case, ("reference",))]
 
 
 def test_a_backend_is_forced_for_the_time_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,6 +123,34 @@ def check_unaligned_and_transposed_operands():
     compare(torch.randn(5, 47)[:, 3:43].copy_(hidden), torch.randn(40, 300).copy_(weight.T).T, ids, inv_temperature)
 
 
+def check_the_contender_of_the_benchmark():
+    from grpoforge_kernels.bench import accuracy, ours, problems
+    from grpoforge_kernels.bench.plan import Case
+
+    problem = problems.build(Case("linear_logprobs", "fp32", (40, 300, 48)))
+    found = accuracy.errors(ours.one_kernel_step(problem)(), problems.exact(problem))
+    assert found.within(accuracy.BOUNDS["linear_logprobs", "fp32"]), found
+
+
+def check_the_tile_is_that_of_the_form():
+    from grpoforge_kernels.triton import configs
+    from grpoforge_kernels.triton import linear_logprobs as kernels
+
+    hidden, weight, ids, inv_temperature = draw(5, 300, 64, torch.bfloat16)
+    real, configs.architecture = configs.architecture, lambda device: "sm_90"
+    product, sparing = configs.Linear(128, 256, 64, 8, 3), configs.Linear(128, 128, 32, 8, 3)
+
+    def tile(hidden=hidden, weight=weight, bias=None, mask=None, softcap=None, scale=1.0):
+        operands = (hidden, weight, bias, ids, inv_temperature, mask)
+        return kernels._config(torch.bfloat16, operands, softcap, scale)
+
+    assert tile() == product
+    assert tile(bias=torch.zeros(300)) == tile(mask=ids > 0) == tile(softcap=30.0) == tile(scale=0.5) == sparing
+    assert tile(hidden=hidden[:, :48], weight=weight[:, :48]) == sparing, "48 units are no multiple of 64"
+    assert tile(weight=torch.zeros(300, 65)[:, :64]) == sparing, "rows that are not aligned"
+    configs.architecture = real
+
+
 @pytest.mark.parametrize("name", [name for name in list(globals()) if name.startswith("check_")])
 def test_in_the_interpreter(name: str, interpreted: Callable[[str], dict[str, str]]) -> None:
     failure = interpreted(__file__)[name]

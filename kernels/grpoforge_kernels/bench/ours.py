@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ def contenders(case: Case, backends: Sequence[str]) -> list[Contender]:
                 f"the backends are {', '.join(dispatch.BACKENDS)}",
             )
     # The modes are told apart on the best backend; the others are there to be told from it.
-    modes = _modes(case)
+    modes = _modes(case, wanted[0])
     return [_on(name, mode) for name in wanted for mode in (modes if name == wanted[0] else modes[:1])]
 
 
@@ -74,12 +75,12 @@ def _on(backend: str, mode: Contender) -> Contender:
     return replace(named, formula="", formula_bytes=None) if backend == "reference" else named
 
 
-def _modes(case: Case) -> list[Contender]:
+def _modes(case: Case, backend: str) -> list[Contender]:
     if case.op == "selective_log_softmax":
         return _rows_modes(case)
     if case.op == "grpo_loss":
         return [Contender("", _loss)]
-    return _linear_modes(case)
+    return _linear_modes(case, backend)
 
 
 def _rows_modes(case: Case) -> list[Contender]:
@@ -133,7 +134,7 @@ def _loss(problem: Problem) -> Step:
     return step
 
 
-def _linear_modes(case: Case) -> list[Contender]:
+def _linear_modes(case: Case, backend: str) -> list[Contender]:
     by_columns = Contender(
         "vocabulary chunks",
         lambda problem: _by_columns(_linear(problem)),
@@ -152,7 +153,9 @@ def _linear_modes(case: Case) -> list[Contender]:
         formula="gradients + 4 V x chunk rows + chunk + 12 N H (+ 4 V H in half precision) + 4 MB",
         formula_bytes=_linear_bytes(case, min(CHUNK_ROWS, case.shape[0])),
     )
-    return [by_rows, by_columns]
+    one_kernel = replace(by_columns, name="one kernel forward", start=lambda problem: one_kernel_step(_linear(problem)))
+    # Its forward is a Triton kernel, whatever backend is forced.
+    return [by_rows, by_columns, *([one_kernel] if backend == "triton" else [])]
 
 
 def _linear_bytes(case: Case, chunk_rows: int) -> int:
@@ -179,6 +182,41 @@ def _by_columns(problem: LinearProblem, *, skip_zero_rows: bool = True) -> Step:
         return linear_outcome(problem, linear_loss_of(problem, stats.logprobs))
 
     return step
+
+
+def one_kernel_step(problem: LinearProblem) -> Step:
+    """The forward as the one Triton kernel ``linear_stats``, and the backward of the vocabulary chunks.
+
+    Training does not do this: nobody has measured it on a GPU. Whoever has one sees here whether it should.
+    """
+    temperature = torch.ones(len(problem.ids), device=problem.ids.device)
+
+    def step() -> Outcome:
+        logprobs = _OneKernel.apply(problem.hidden, problem.weight, problem.ids, temperature)  # type: ignore[no-untyped-call]
+        return linear_outcome(problem, linear_loss_of(problem, logprobs))
+
+    return step
+
+
+class _OneKernel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, inv_temperature: Tensor) -> Tensor:
+        from grpoforge_kernels.triton.linear_logprobs import finish, linear_stats
+
+        stats = linear_stats(hidden, weight, ids, inv_temperature)
+        logprobs = finish(stats, inv_temperature).logprobs
+        ctx.save_for_backward(hidden, weight, ids, inv_temperature, logprobs, torch.stack(stats))
+        return logprobs
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        hidden, weight, ids, inv_temperature, logprobs, stats = ctx.saved_tensors
+        options = (None, None, 1.0, default_chunk_bytes(hidden.device), True)
+        by_hidden, by_weight, _ = torch.ops.grpoforge.linear_logprobs_backward(
+            hidden, weight, None, ids, inv_temperature, *options, logprobs, stats, stats.new_empty((0, 1)),
+            upstream[0], None, None, [True, True, False],
+        )  # fmt: skip
+        return by_hidden, by_weight, None, None
 
 
 def _recomputing(problem: LinearProblem) -> Step:

@@ -1,8 +1,13 @@
 r"""Statistics of rows of ``hidden @ weight.T``, which is never stored: a Triton kernel, for log-probs without gradient.
 
-The logits of a tile live in registers between the product and the statistics. With gradient, products stay with the
-vendor's library: see `grpoforge_kernels.linear_logprobs`, which runs `row_stats` and `row_gradient` on panels. The
-latter is the epilogue of the backward: it takes float32 logits to a gradient in the format of the tensor cores.
+The logits of a tile live in registers between the product and the statistics. **Nothing chooses `linear_stats`**: it is
+tested in the interpreter, compiled for every target by ``grpoforge bench --ptx``, and has run on no GPU. Training keeps
+products with the vendor's library, and `row_stats` and `row_gradient` on panels of them: see
+`grpoforge_kernels.linear_logprobs`. What the kernel would save is writing and reading a panel of logits; what it costs
+is a product that may be slower than the vendor's. ``grpoforge bench linear_logprobs --device cuda`` compares the two,
+as ``triton, vocabulary chunks`` and ``triton, one kernel forward``; when the second wins, it belongs into the forward.
+
+`row_gradient` is the epilogue of the backward: it takes float32 logits to a gradient in the format of the tensor cores.
 
 Bytes, with tiles of :math:`B_n` rows and :math:`B_v` tokens and the operands of a group of tiles in L2: at least
 :math:`(N + V) H b + 20 N P` with ``P`` slices of the vocabulary, at most :math:`N V H b (1/B_n + 1/B_v)`; the
@@ -146,7 +151,7 @@ def linear_stats(
     """`row_stats` of ``hidden [N, H] @ weight[V, H].T + bias [V]``, of which only tiles ever exist.
 
     Extra memory: ``16 N P`` bytes with ``P <= 64``. Products of half-precision operands are summed in float32, and
-    float32 operands are multiplied in full (no TF32).
+    float32 operands are multiplied in full (no TF32). For comparisons: training does not call this, see above.
     """
     num_rows, vocab_size = len(hidden), len(weight)
     stats = torch.empty((4, num_rows), dtype=torch.float32, device=hidden.device)
