@@ -114,6 +114,64 @@ def check_minimal_bytes():
     assert moved.loaded() == 4 * 128 * 25 and moved.stored() == 4 * 128 * 4 + 7 * 8
 
 
+def check_bytes_by_what_is_asked():
+    import interpreter
+
+    from grpoforge_kernels.triton import grpo_loss as kernels
+
+    logprobs, old, ref, advantages, _, weights = draw(4, 128)
+    everything = torch.ones(4, 128, dtype=torch.bool)
+    for kl, gradient, loaded, stored in (("k3", True, 25, 4), ("k1", False, 25, 0), (None, True, 21, 4)):
+        with interpreter.traffic() as moved:
+            kernels.forward_backward(
+                *(logprobs, old, ref, advantages, everything, weights),
+                clip=next(clips()), kl=kl, beta=0.04, gradient=gradient,
+            )  # fmt: skip
+        assert moved.loaded() == 4 * 128 * loaded and moved.stored() == 4 * 128 * stored + 7 * 8
+    half = torch.arange(4 * 128).view(4, 128) % 2 == 0
+    with interpreter.traffic() as moved:
+        kernels.forward_backward(logprobs, old, ref, advantages, half, weights, clip=next(clips()), kl="k3", beta=0.04)
+    assert moved.loaded() == 4 * 128 * 1 + 4 * 64 * 24, "of a masked token its mask alone is read"
+
+
+def check_bytes_from_statistics():
+    import interpreter
+
+    from grpoforge_kernels.triton import grpo_loss as kernels
+
+    tokens, size = 512, 96
+    logits, ids, inv_temperature = torch.randn(tokens, size), torch.randint(0, size, (tokens,)), torch.ones(tokens)
+    old, ref, advantages = torch.randn(3, tokens)
+    mask, weights = torch.ones(tokens, dtype=torch.bool), torch.rand(tokens, dtype=torch.float64)
+    arguments = (logits, ids, inv_temperature, old, ref, advantages, mask, weights)
+    with interpreter.traffic() as alone:
+        stats = kernels.row_stats(logits, ids, inv_temperature, mask=mask, softcap=None, scale=1.0)
+    assert len(stats.total) == tokens
+    with interpreter.traffic() as moved:
+        kernels.from_logits(*arguments, clip=next(clips()), kl="k3", beta=0.04, gradient=False)
+    by_token = moved.loaded() + moved.stored() - alone.loaded() - alone.stored()
+    assert by_token == tokens * 37 + 7 * 8, "12 of statistics, 4 of temperature, 21 of what else belongs to a token"
+    with interpreter.traffic() as moved:
+        _, _, gradient = kernels.from_logits(*arguments, clip=next(clips()), kl="k3", beta=0.04)
+    read = moved.loaded(logits) - alone.loaded(logits)
+    assert read == tokens * size * 4, "each logit once more"
+    assert moved.stored(gradient) == tokens * size * 4
+
+
+def check_bytes_of_scaling():
+    import interpreter
+
+    from grpoforge_kernels.triton import grpo_loss as kernels
+
+    for dtype, shape in ((torch.float32, (64, 80)), (torch.bfloat16, (50, 77))):
+        values, factor = torch.randn(shape).to(dtype), torch.tensor(2.0, dtype=torch.float64)
+        with interpreter.traffic() as moved:
+            kernels.scale_(values, factor)
+        programs = -(-values.numel() // kernels.SCALE_BLOCK)
+        assert moved.loaded(values) == moved.stored() == values.numel() * dtype.itemsize, "read once, written once"
+        assert moved.loaded() - moved.loaded(values) == 8 * programs
+
+
 def check_from_logits():
     from grpoforge_kernels.reference import grpo_loss as reference
     from grpoforge_kernels.triton import grpo_loss as kernels

@@ -372,6 +372,54 @@ def check_minimal_bytes():
             assert moved.stored() == moved.stored(out)
 
 
+def check_the_byte_of_a_mask():
+    import interpreter
+
+    from grpoforge_kernels.triton import selective_log_softmax as kernels
+
+    rows, vocab_size = 4, 5008
+    logits, ids, inv_temperature = draw(rows, vocab_size)
+    options = {"mask": torch.tensor([True, True, False, True]), "softcap": None, "scale": 1.0}
+    with interpreter.traffic() as moved:
+        stats = kernels.row_stats(logits, ids, inv_temperature, **options)
+    # A masked row: its mask and four statistics. Any other: what an unmasked call moves, and the mask.
+    assert moved.loaded(options["mask"]) == rows
+    assert moved.loaded() + moved.stored() == 3 * ((vocab_size + 1) * 4 + 28 + 1) + 16 + 1
+    upstream, out = tuple(torch.ones(3, rows)), torch.empty_like(logits)
+    with interpreter.traffic() as moved:
+        kernels.row_gradient(logits, ids, inv_temperature, stats, *upstream, **options, out=out)
+    assert moved.loaded(logits) == 3 * vocab_size * 4 and moved.stored() == rows * vocab_size * 4
+    blocks = moved.loaded(options["mask"]) // rows
+    assert blocks >= 1 and moved.loaded(options["mask"]) == rows * blocks, "one byte for each block of a row"
+    # Three upstream derivatives and the mask decide; id, inverse temperature and three statistics are for live rows.
+    assert moved.loaded() - moved.loaded(logits) == blocks * (rows * 13 + 3 * (8 + 4 + 12))
+
+
+def check_bytes_of_a_row_over_several_programs():
+    import interpreter
+
+    from grpoforge_kernels.triton import configs
+    from grpoforge_kernels.triton import selective_log_softmax as kernels
+
+    rows, vocab_size = 3, 16_384
+    logits, ids, inv_temperature = draw(rows, vocab_size, torch.bfloat16)
+    config = configs.row_stats_config(logits.dtype, vocab_size, logits.device)
+    for parts in (2, 4):
+        partial, merged = torch.empty(4, parts, rows), torch.empty(4, rows)
+        slice_size = vocab_size // parts
+        with interpreter.traffic() as moved:
+            kernels.launch_row_stats(
+                config, logits, ids, inv_temperature, None, partial, parts, slice_size, 0, True, None, 1.0
+            )
+        assert moved.loaded(logits) == rows * (vocab_size + 1) * 2, "as often as by one program"
+        assert moved.loaded() - moved.loaded(logits) == rows * 12 * parts and moved.stored() == rows * 16 * parts
+        with interpreter.traffic() as merging:
+            kernels.launch_merge(partial, inv_temperature, merged)
+        assert merging.loaded() == rows * (16 * parts + 4) and merging.stored() == rows * 16
+        total = moved.loaded() + moved.stored() + merging.loaded() + merging.stored()
+        assert total == rows * ((vocab_size + 1) * 2 + 28 + 44 * parts - 8)
+
+
 def check_ids_out_of_range_are_not_read():
     import interpreter
 

@@ -6,7 +6,8 @@ Both kernels move the fewest bytes that the task allows. With :math:`b` bytes pe
     \text{row\_gradient: } V b + V b_{out} + \text{a few scalars per block}:
 
 the logits once (and the chosen one again, from cache), id, inverse temperature, four statistics, and the mask if there
-is one; then the logits once more and the gradient once. Split over ``P`` programs a row costs ``32 P`` bytes more.
+is one; then the logits once more and the gradient once. Split over ``P`` programs a row costs ``44 P - 8`` bytes more:
+each reads id and inverse temperature and stores its four statistics, which a last one reads again.
 
 No index is narrower than 64 bits where a tensor may have 2^31 elements. Numbers that change with the batch are not
 compiled in, so no length of a batch compiles anything; scale and softcap are, since they belong to the model.
