@@ -214,7 +214,8 @@ def _read_report(path: Path) -> dict[str, Any]:
         ) from None
     except ValueError:
         report = None
-    if not isinstance(report, dict) or report.get("schema") != 1:
+    parts = {"plan", "machine", "malloc", "cases"}
+    if not isinstance(report, dict) or report.get("schema") != 1 or not parts <= set(report):
         raise DataError(f"`--against {path}` is no report", "give a file that `grpoforge bench --json` wrote")
     return report
 

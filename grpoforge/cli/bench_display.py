@@ -64,11 +64,21 @@ def _head(report: Mapping[str, Any]) -> list[str]:
         lines.insert(1, machine["gpu"])
     if report["first_use_compile_s"] is not None:
         lines.append(f"first use compiles the C++ in {report['first_use_compile_s']:.2f} s")
-    if report.get("against"):
-        lines.append(
-            f"`x then` is relative to commit {report['against']['commit'] or 'unknown'}, {report['against']['date']}"
-        )
-    return lines
+    return [*lines, *_against(report["against"])] if report.get("against") else lines
+
+
+def _against(against: Mapping[str, Any]) -> list[str]:
+    matched = f"{against['num_matched']} of {against['num_timings']} timings were measured then too"
+    lines = [f"`x then` is relative to commit {against['commit'] or 'unknown'}, {against['date']}: {matched}"]
+    changed = [f"{name} {_option(then)} then, {_option(now)} now" for name, (then, now) in against["options"].items()]
+    return [*lines, f"other options then: {'; '.join(changed)}"] if changed else lines
+
+
+def _option(value: Any) -> str:
+    """An option of a plan as it is written on the command line."""
+    if isinstance(value, list):
+        return ", ".join("x".join(map(str, one)) if isinstance(one, list) else str(one) for one in value) or "default"
+    return "default" if value is None else str(value)
 
 
 def _case_table(case: Mapping[str, Any], report: Mapping[str, Any]) -> Table:
@@ -87,7 +97,8 @@ def _case_table(case: Mapping[str, Any], report: Mapping[str, Any]) -> Table:
         cells = [_name(row, case), _error(row, "value"), _error(row, "gradient")]
         for malloc in mallocs:
             cells += _timing_cells(row["timings"].get(malloc), compared=compared)
-        table.add_row(*cells, _megabytes(row["peak_bytes"]), _megabytes(row["formula_bytes"]))
+        over = " OVER" if row["over_promise"] else ""
+        table.add_row(*cells, _megabytes(row["peak_bytes"]) + over, _megabytes(row["formula_bytes"]))
     return table
 
 

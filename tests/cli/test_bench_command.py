@@ -12,8 +12,9 @@ import torch
 
 from grpoforge_kernels import aot, certify, dispatch
 from grpoforge_kernels.aot_model import Bound as Bound_
-from grpoforge_kernels.bench import adversarial, child, report
+from grpoforge_kernels.bench import adversarial, child, lineup, problems, report
 from grpoforge_kernels.bench.accuracy import BOUNDS, Bound
+from grpoforge_kernels.bench.contenders import Contender
 from grpoforge_kernels.certify import Certificate, Failure, Identity
 
 SMALL = ("bench", "selective_log_softmax", "--quick", "--rounds", "2", "--shape", "6x300", "--dtype", "fp32")
@@ -63,6 +64,8 @@ def test_the_report_is_written_and_compared_with(
     assert said.code == 0
     assert f"`x then` is relative to commit {first['commit'] or 'unknown'}, {first['date']}" in said.out
     assert "x then" in said.out
+    assert ": 0 of " not in said.out and " timings were measured then too" in said.out
+    assert "other options then" not in said.out
     second = json.loads((tmp_path / "second.json").read_text())
     lead = next(row for row in second["cases"][0]["rows"] if row["ours"])
     assert lead["timings"]["stock"]["against"] > 10
@@ -121,7 +124,7 @@ def test_mistakes(cli: Callable[..., Any], arguments: tuple[str, ...], message: 
     assert said.err.endswith(f"error: {message}\nhint: {hint}\n")
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"schema": 0}', "\x00"])
+@pytest.mark.parametrize("text", ["", "[]", '{"schema": 0}', '{"schema": 1, "cases": []}', "\x00"])
 def test_a_file_that_is_no_report(cli: Callable[..., Any], tmp_path: Path, text: str) -> None:
     (tmp_path / "odd.json").write_text(text)
     said = cli("bench", "--against", "odd.json")
@@ -214,3 +217,34 @@ def test_a_form_of_another_configuration_counts_and_is_shown_where_it_spills(
     assert said.code == code
     assert ("row_stats bf16, softcap u4w4  " in said.out) is bool(spills)
     assert "shown only where they spill: 1 with masks" in said.out
+
+
+def test_options_that_differ_from_then_are_said(cli: Callable[..., Any]) -> None:
+    assert cli(*SMALL, "--backend", "reference", "--json", "then.json").code == 0
+    other = [word if word != "6x300" else "7x300" for word in SMALL]
+    said = cli(*other, "--backend", "reference", "--against", "then.json")
+    assert said.code == 0
+    line = next(line for line in said.out.splitlines() if line.startswith("`x then`"))
+    # Both modes of the reference and the peers that need no compiler, none of them in this shape.
+    assert " 0 of " in line
+    assert "other options then: shapes 6x300 then, 7x300 now" in said.out.splitlines()
+
+
+@pytest.mark.parametrize(("peak", "code"), [(3 * 2**20, 1), (2**20, 0)])
+def test_more_memory_than_promised_ends_with_1(
+    cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, peak: int, code: int
+) -> None:
+    def start(problem: problems.Problem) -> Any:
+        exact = problems.exact(problem)
+        return lambda: exact
+
+    fake = Contender("fake", start, ours=True, formula="20 N", formula_bytes=2 * 2**20)
+    monkeypatch.setattr(lineup, "contenders", lambda case, plan: [fake])
+    monkeypatch.setattr(child, "measure_memory", lambda plan, case, names: {"fake": peak})
+    said = cli(*(word for word in SMALL if word != "--quick"))
+    assert said.code == code
+    assert ("3.0 MB OVER    2.0 MB" in said.out) == bool(code)
+    wrong = (
+        "wrong: selective_log_softmax fp32 6x300 on cpu: forward and backward: fake: 3.0 MB at the peak, 20 N promises"
+    )
+    assert (f"{wrong} 2.0 MB\n" in said.err) == bool(code)

@@ -147,6 +147,18 @@ def test_the_trl_form_of_a_head_takes_several_chunks(monkeypatch: pytest.MonkeyP
     assert found.value < 1e-6 and found.gradient < 2e-6
 
 
+@pytest.mark.slow
+def test_liger_computes_the_same_loss() -> None:
+    pytest.importorskip("liger_kernel")
+    case = replace(TINY["linear_logprobs"], shape=(40, 300, 16))
+    (liger,) = [one for one in lineup.contenders(case, Plan()) if one.name == "Liger fused linear GRPO"]
+    assert liger.unable(case) == ""
+    problem = problems.build(case)
+    # Two sequences of one advantage each, clipped tokens among them, the KL term and the mean over all tokens.
+    found = accuracy.errors(liger.start(problem)(), problems.exact(problem))
+    assert found.value < 2e-6 and found.gradient < 5e-6
+
+
 def test_who_cannot_run_says_why() -> None:
     case = TINY["selective_log_softmax"]
     absent = Contender("absent", lambda problem: lambda: None, module="no_such_module", package="no-such-package")  # type: ignore[arg-type,return-value]
@@ -413,7 +425,44 @@ def test_against_an_earlier_report_is_a_ratio_of_medians() -> None:
     report.compare(now, earlier)
     assert [row["timings"]["stock"]["against"] for row in rows[:-1]] == [pytest.approx(1.5)] * (len(rows) - 1)
     assert rows[-1]["timings"]["stock"]["against"] is None
-    assert now["against"] == {name: earlier[name] for name in ("date", "commit", "command")}
+    # Two rows of ours and some peers; the last of them is new.
+    assert now["against"] == {
+        **{name: earlier[name] for name in ("date", "commit", "command")},
+        "num_timings": len(rows),
+        "num_matched": len(rows) - 1,
+        "options": {},
+    }
+
+
+def test_against_says_which_options_were_others() -> None:
+    earlier = report.measure(small("selective_log_softmax"))
+    now = json.loads(json.dumps(earlier))
+    now["plan"].update(effort="full", shapes=[], backends=["cpp"])
+    now["malloc"] = "both"
+    now["machine"]["threads"] += 1
+    now["cases"][0]["shape"] = "512x151936"
+    report.compare(now, earlier)
+    assert now["against"]["num_matched"] == 0 and now["against"]["num_timings"] > 2
+    threads = earlier["machine"]["threads"]
+    assert now["against"]["options"] == {
+        "effort": ["quick", "full"], "shapes": [[[6, 300]], []], "backends": [[], ["cpp"]],
+        "malloc": ["stock", "both"], "threads": [threads, threads + 1],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("peak", "promised", "over"), [(101, 100, True), (100, 100, False), (101, None, None)])
+def test_more_memory_than_promised_is_a_failure(
+    peak: int, promised: int | None, over: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = Contender("fake", off_by(0.0), ours=True, formula="20 N" if promised else "", formula_bytes=promised)
+    monkeypatch.setattr(lineup, "contenders", lambda case, plan: [fake])
+    monkeypatch.setattr(child, "measure_memory", lambda plan, case, names: {"fake": peak})
+    found = report.measure(small("selective_log_softmax", effort="plain", memory=True))
+    (row,) = found["cases"][0]["rows"]
+    assert row["over_promise"] is over and row["correct"] is True
+    assert report.correct(found) is not bool(over)
+    title = "selective_log_softmax fp32 6x300 on cpu: forward and backward"
+    assert report.failures(found) == ([f"{title}: fake: 0.0 MB at the peak, 20 N promises 0.0 MB"] if over else [])
 
 
 def test_both_allocators_stand_side_by_side(capfd: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ A report is a dictionary of JSON values:
     cases       op, device, dtype, shape, variant, title, lead, rows
     rows        name, ours, note, value_error, gradient_error, value_bound, gradient_bound, worse_than_plain, correct,
                 timings by allocator (median_s, first_quartile_s, third_quartile_s, rounds, ratio, gb_s, gb_share,
-                gflop_s, gflop_share), peak_bytes, formula, formula_bytes
+                gflop_s, gflop_share), peak_bytes, formula, formula_bytes, over_promise
 
 What was not measured is null, and ``note`` says why.
 """
@@ -72,12 +72,27 @@ def measure_here(plan: Plan, *, say: Say = lambda text: None) -> Report:
 
 
 def correct(report: Report) -> bool:
-    """Whether every own contender of ``report`` is within its bounds and not worse than plain torch."""
-    return all(row["correct"] is not False for case in report["cases"] for row in case["rows"])
+    """Whether every own contender of ``report`` is within its bounds, not worse than plain torch, and as small as it
+    promises."""
+    return not failures(report)
 
 
 def failures(report: Report) -> list[str]:
-    """A line for every own contender that is beyond its bounds or worse than plain torch."""
+    """A line for every own contender that is not `correct`: wrong, or larger than it promises."""
+    return [*_wrong(report), *_larger_than_promised(report)]
+
+
+def _larger_than_promised(report: Report) -> list[str]:
+    return [
+        f"{case['title']}: {row['name']}: {row['peak_bytes'] / 2**20:.1f} MB at the peak, {row['formula']} promises"
+        f" {row['formula_bytes'] / 2**20:.1f} MB"
+        for case in report["cases"]
+        for row in case["rows"]
+        if row["over_promise"]
+    ]
+
+
+def _wrong(report: Report) -> list[str]:
     return [
         f"{case['title']}: {row['name']}: error of value {_shown(row['value_error'])} (bound"
         f" {row['value_bound']:.1e}), of gradient {_shown(row['gradient_error'])} (bound {row['gradient_bound']:.1e})"
@@ -97,13 +112,28 @@ def _beside_plain(case: Mapping[str, Any]) -> str:
 def compare(report: Report, earlier: Report) -> None:
     """Write into every timing of ``report`` its ``against``: its median over that of the same row in ``earlier``.
 
-    Null where the earlier report has no such row.
+    Null where the earlier report has no such row. ``report["against"]`` says how many timings have one, and which
+    options of the two plans differ, as ``[then, now]``.
     """
-    before = {key: timing for key, timing in _timings(earlier)}
-    for key, timing in _timings(report):
+    before, now = dict(_timings(earlier)), _timings(report)
+    for key, timing in now:
         then = before.get(key)
         timing["against"] = timing["median_s"] / then["median_s"] if then else None
-    report["against"] = {name: earlier.get(name) for name in ("date", "commit", "command")}
+    report["against"] = {
+        **{name: earlier.get(name) for name in ("date", "commit", "command")},
+        "num_timings": len(now),
+        "num_matched": sum(key in before for key, _ in now),
+        "options": _differences(_options(earlier), _options(report)),
+    }
+
+
+def _options(report: Report) -> dict[str, Any]:
+    """What was asked for, and what it was measured on as far as it is chosen too."""
+    return {**report["plan"], "malloc": report["malloc"], "threads": report["machine"]["threads"]}
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[Any]]:
+    return {name: [then.get(name), now[name]] for name in now if then.get(name) != now[name]}
 
 
 def _timings(report: Report) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -146,6 +176,7 @@ def _measure_case(case: Case, plan: Plan, rates: Mapping[str, Any]) -> dict[str,
         peaks = child.measure_memory(plan, case, list(timings))
         for row in rows:
             row["peak_bytes"] = peaks.get(row["name"])
+            row["over_promise"] = _is_over_promise(row)
     return {
         "op": case.op,
         "device": case.device,
@@ -211,6 +242,7 @@ def _row(contender: Contender) -> dict[str, Any]:
         "worse_than_plain",
         "correct",
         "peak_bytes",
+        "over_promise",
     )
     return {
         "name": contender.name,
@@ -221,6 +253,13 @@ def _row(contender: Contender) -> dict[str, Any]:
         "formula": contender.formula,
         "formula_bytes": contender.formula_bytes,
     }
+
+
+def _is_over_promise(row: Mapping[str, Any]) -> bool | None:
+    """Null where the peak was not measured, or nothing was promised."""
+    if row["peak_bytes"] is None or row["formula_bytes"] is None:
+        return None
+    return bool(row["peak_bytes"] > row["formula_bytes"])
 
 
 def _judge(row: dict[str, Any], found: Errors, bound: Bound, plain: Errors | None, dtype: str) -> None:
