@@ -21,27 +21,45 @@ REPORT = "Report"
 
 Backends = Annotated[
     list[str] | None,
-    typer.Option("--backend", metavar="NAME", rich_help_panel=WHAT, help="reference, cpp or triton; repeatable."),
+    typer.Option(
+        "--backend",
+        metavar="NAME",
+        rich_help_panel=WHAT,
+        help="reference, cpp or triton; repeatable. By default all that run here.",
+    ),
 ]
 Shapes = Annotated[
     list[str] | None,
-    typer.Option("--shape", metavar="NxV[xH]", rich_help_panel=WHAT, help="Tokens x vocabulary [x hidden]."),
+    typer.Option(
+        "--shape",
+        # Rich reads what stands in brackets in a help as a style, and drops it.
+        metavar="NxV|NxVxH|BxT",
+        rich_help_panel=WHAT,
+        help="Tokens x vocabulary (selective_log_softmax), tokens x vocabulary x hidden size (linear_logprobs),"
+        " rows x tokens (grpo_loss, named alone); repeatable. By default what --quick, --full or neither choose.",
+    ),
 ]
 
 
 def bench(
     ops: Annotated[
-        list[str] | None, typer.Argument(metavar="[OP ...]", help="The operations to measure; all by default.")
+        list[str] | None,
+        typer.Argument(metavar="[OP ...]", help="selective_log_softmax, linear_logprobs, grpo_loss; all by default."),
     ] = None,
     device: Annotated[str, typer.Option(metavar="cpu|cuda", rich_help_panel=WHAT, help="Where to run.")] = "cpu",
     dtype: Annotated[
         list[str] | None,
-        typer.Option(metavar="fp32|bf16|fp16", rich_help_panel=WHAT, help="Number format; repeatable."),
+        typer.Option(
+            metavar="fp32|bf16|fp16", rich_help_panel=WHAT, help="Number format; repeatable. By default fp32, bf16."
+        ),
     ] = None,
     backend: Backends = None,
     shape: Shapes = None,
     rounds: Annotated[
-        int | None, typer.Option(metavar="R", min=1, rich_help_panel=HOW, help="Timed runs of each contender.")
+        int | None,
+        typer.Option(
+            metavar="R", min=1, rich_help_panel=HOW, help="Timed runs of each contender. By default 3, 7 or 9, by size."
+        ),
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", rich_help_panel=HOW, help="Small shapes; no memory, nothing compiled.")
@@ -51,7 +69,11 @@ def bench(
     ] = False,
     malloc: Annotated[
         str,
-        typer.Option(metavar="stock|reuse|both", rich_help_panel=HOW, help="reuse: page faults excluded, for all."),
+        typer.Option(
+            metavar="stock|reuse|both",
+            rich_help_panel=HOW,
+            help="stock: memory is fresh; reuse: page faults excluded, for all.",
+        ),
     ] = "stock",
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", rich_help_panel=REPORT, help="Write the report here.")
@@ -60,15 +82,23 @@ def bench(
         Path | None, typer.Option(metavar="FILE", rich_help_panel=REPORT, help="Compare with an earlier report.")
     ] = None,
     certify: Annotated[
-        bool, typer.Option("--certify", rich_help_panel=INSTEAD, help="Try the fused kernels on inputs made to break.")
+        bool,
+        typer.Option(
+            "--certify",
+            rich_help_panel=INSTEAD,
+            help="Try the fused kernels on inputs made to break; keeps a certificate.",
+        ),
     ] = False,
     ptx: Annotated[
-        bool, typer.Option("--ptx", rich_help_panel=INSTEAD, help="Compile the GPU kernels; no GPU is needed.")
+        bool,
+        typer.Option(
+            "--ptx", rich_help_panel=INSTEAD, help="Compile the GPU kernels; needs the package triton, and no GPU."
+        ),
     ] = False,
 ) -> None:
     """Check the kernels against float64, then time them against what else is installed.
 
-    Exit code 1: a kernel is beyond its error bounds, fails its certification, or spills registers.
+    Exit code 1: a kernel is wrong, holds more memory than it promises, fails its certification, or spills registers.
     """
     _check_choices(device, dtype, ops, malloc)
     if certify or ptx:

@@ -15,6 +15,7 @@ from grpoforge_kernels.aot_model import Bound as Bound_
 from grpoforge_kernels.bench import adversarial, child, lineup, problems, report
 from grpoforge_kernels.bench.accuracy import BOUNDS, Bound
 from grpoforge_kernels.bench.contenders import Contender
+from grpoforge_kernels.bench.plan import OPS, ROUNDS, Plan
 from grpoforge_kernels.certify import Certificate, Failure, Identity
 
 SMALL = ("bench", "selective_log_softmax", "--quick", "--rounds", "2", "--shape", "6x300", "--dtype", "fp32")
@@ -47,6 +48,19 @@ def test_it_measures_and_says_what_it_did_not(cli: Callable[..., Any]) -> None:
     assert promises == has_cpp, "the reference promises nothing"
     # What it does now is talk.
     assert "selective_log_softmax fp32 6x300 on cpu: forward and backward\n" in said.err
+
+
+def test_the_help_names_operations_defaults_and_what_is_needed(cli: Callable[..., Any]) -> None:
+    said = cli("bench", "--help")
+    text = " ".join(said.out.replace("│", " ").split())
+    assert ", ".join(OPS) in text and f"By default {', '.join(Plan().dtypes)}." in text
+    assert (
+        "tokens x vocabulary x hidden size (linear_logprobs)" in text
+        and "rows x tokens (grpo_loss, named alone)" in text
+    )
+    assert f"By default {', '.join(str(n) for n in list(ROUNDS.values())[:2])} or {ROUNDS['full']}" in text
+    assert "keeps a certificate" in text and "needs the package triton" in text
+    assert "a kernel is wrong, holds more memory than it promises" in text
 
 
 def test_the_report_is_written_and_compared_with(
