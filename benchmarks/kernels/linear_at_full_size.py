@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from grpoforge_kernels.bench import contenders as all_contenders
-from grpoforge_kernels.bench import lineup, memory
+from grpoforge_kernels.bench import lineup, machine, memory
 from grpoforge_kernels.bench.measure import Runner, interleave
 from grpoforge_kernels.bench.plan import Case, Plan
 from grpoforge_kernels.bench.problems import build
@@ -48,7 +48,15 @@ def main() -> None:
     parser.add_argument("--dtype", action="append", choices=["bf16", "fp32"])
     given = parser.parse_args()
     date = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-    found: dict[str, Any] = {"date": date, "cores": os.cpu_count(), "shape": SHAPE, "dtypes": {}}
+    found: dict[str, Any] = {
+        "date": date,
+        "command": " ".join(["python", "benchmarks/kernels/linear_at_full_size.py", *sys.argv[1:]]),
+        "commit": machine.commit(),
+        "machine": machine.machine(),
+        "versions": machine.versions(),
+        "shape": SHAPE,
+        "dtypes": {},
+    }
     for dtype in given.dtype or ["bf16", "fp32"]:
         found["dtypes"][dtype] = measured(dtype, given.rounds)
         for name, row in found["dtypes"][dtype].items():
