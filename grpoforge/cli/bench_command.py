@@ -19,6 +19,17 @@ HOW = "How"
 INSTEAD = "Instead of measuring"
 REPORT = "Report"
 
+Ops = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[OP ...]", help="selective_log_softmax, linear_logprobs, grpo_loss; all by default."),
+]
+Device = Annotated[str, typer.Option(metavar="cpu|cuda", rich_help_panel=WHAT, help="Where to run.")]
+Dtypes = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="fp32|bf16|fp16", rich_help_panel=WHAT, help="Number format; repeatable. By default fp32, bf16."
+    ),
+]
 Backends = Annotated[
     list[str] | None,
     typer.Option(
@@ -39,62 +50,60 @@ Shapes = Annotated[
         " rows x tokens (grpo_loss, named alone); repeatable. By default what --quick, --full or neither choose.",
     ),
 ]
+Rounds = Annotated[
+    int | None,
+    typer.Option(
+        metavar="R", min=1, rich_help_panel=HOW, help="Timed runs of each contender. By default 3, 7 or 9, by size."
+    ),
+]
+Quick = Annotated[bool, typer.Option("--quick", rich_help_panel=HOW, help="Small shapes; no memory, nothing compiled.")]
+Full = Annotated[
+    bool, typer.Option("--full", rich_help_panel=HOW, help="The large shapes that figures are published for.")
+]
+Malloc = Annotated[
+    str,
+    typer.Option(
+        metavar="stock|reuse|both",
+        rich_help_panel=HOW,
+        help="stock: memory is fresh; reuse: page faults excluded, for all.",
+    ),
+]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", rich_help_panel=REPORT, help="Write the report here.")
+]
+Against = Annotated[
+    Path | None, typer.Option(metavar="FILE", rich_help_panel=REPORT, help="Compare with an earlier report.")
+]
+Certify = Annotated[
+    bool,
+    typer.Option(
+        "--certify",
+        rich_help_panel=INSTEAD,
+        help="Try the fused kernels on inputs made to break; keeps a certificate.",
+    ),
+]
+Ptx = Annotated[
+    bool,
+    typer.Option(
+        "--ptx", rich_help_panel=INSTEAD, help="Compile the GPU kernels; needs the package triton, and no GPU."
+    ),
+]
 
 
 def bench(
-    ops: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[OP ...]", help="selective_log_softmax, linear_logprobs, grpo_loss; all by default."),
-    ] = None,
-    device: Annotated[str, typer.Option(metavar="cpu|cuda", rich_help_panel=WHAT, help="Where to run.")] = "cpu",
-    dtype: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="fp32|bf16|fp16", rich_help_panel=WHAT, help="Number format; repeatable. By default fp32, bf16."
-        ),
-    ] = None,
+    ops: Ops = None,
+    device: Device = "cpu",
+    dtype: Dtypes = None,
     backend: Backends = None,
     shape: Shapes = None,
-    rounds: Annotated[
-        int | None,
-        typer.Option(
-            metavar="R", min=1, rich_help_panel=HOW, help="Timed runs of each contender. By default 3, 7 or 9, by size."
-        ),
-    ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", rich_help_panel=HOW, help="Small shapes; no memory, nothing compiled.")
-    ] = False,
-    full: Annotated[
-        bool, typer.Option("--full", rich_help_panel=HOW, help="The large shapes that figures are published for.")
-    ] = False,
-    malloc: Annotated[
-        str,
-        typer.Option(
-            metavar="stock|reuse|both",
-            rich_help_panel=HOW,
-            help="stock: memory is fresh; reuse: page faults excluded, for all.",
-        ),
-    ] = "stock",
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", rich_help_panel=REPORT, help="Write the report here.")
-    ] = None,
-    against: Annotated[
-        Path | None, typer.Option(metavar="FILE", rich_help_panel=REPORT, help="Compare with an earlier report.")
-    ] = None,
-    certify: Annotated[
-        bool,
-        typer.Option(
-            "--certify",
-            rich_help_panel=INSTEAD,
-            help="Try the fused kernels on inputs made to break; keeps a certificate.",
-        ),
-    ] = False,
-    ptx: Annotated[
-        bool,
-        typer.Option(
-            "--ptx", rich_help_panel=INSTEAD, help="Compile the GPU kernels; needs the package triton, and no GPU."
-        ),
-    ] = False,
+    rounds: Rounds = None,
+    quick: Quick = False,
+    full: Full = False,
+    malloc: Malloc = "stock",
+    json_file: JsonFile = None,
+    against: Against = None,
+    certify: Certify = False,
+    ptx: Ptx = False,
 ) -> None:
     """Check the kernels against float64, then time them against what else is installed.
 
