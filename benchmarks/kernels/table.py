@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from grpoforge_kernels.bench.plan import VARIANTS
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "guides" / "bench.md"
@@ -70,6 +72,19 @@ def _at_full_size(report: Mapping[str, Any]) -> Iterator[str]:
         ]
         lines.append([("ours: " if name.startswith("cpp") else "") + name + (" *" if name == ours else ""), *cells])
     yield _table(lines)
+    if "variants" in report:
+        yield _table(list(_savings(report["variants"])))
+
+
+def _savings(variants: Mapping[str, Mapping[str, Any]]) -> Iterator[list[str]]:
+    """What each variant saves: the time of the first way, and that of the second as a multiple of it."""
+    yield ["vocabulary chunks", *(title for dtype in variants for title in (dtype, "instead of"))]
+    for variant in next(iter(variants.values())):
+        cells = []
+        for rows in (one[variant] for one in variants.values()):
+            saving, other = (row["median_s"] for row in rows.values())
+            cells += [_milliseconds(saving), f"{_milliseconds(other)}: {other / saving:.2f}"]
+        yield [VARIANTS["linear_logprobs"][variant], *cells]
 
 
 def _name(row: Mapping[str, Any], case: Mapping[str, Any]) -> str:
