@@ -16,7 +16,6 @@ from grpoforge_kernels.bench import adversarial, child, lineup, problems, report
 from grpoforge_kernels.bench.accuracy import BOUNDS, Bound
 from grpoforge_kernels.bench.contenders import PLAIN_TORCH, Contender
 from grpoforge_kernels.bench.plan import OPS, ROUNDS, Plan
-from grpoforge_kernels.bench.plan import OPS, ROUNDS, Plan
 from grpoforge_kernels.certify import Certificate, Failure, Identity
 
 SMALL = ("bench", "selective_log_softmax", "--quick", "--rounds", "2", "--shape", "6x300", "--dtype", "fp32")
