@@ -289,7 +289,9 @@ _TOKENS = "Tensor old_logprobs, Tensor? ref_logprobs, Tensor advantages, Tensor 
     schema=f"(Tensor logprobs, {_TOKENS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
 def _op(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    sums, gradient = _forward(args[:6], ClipOptions(*args[6:10]), *args[10:], gradient=True)
+    logprobs, old, ref, advantages, mask, weights, *options = args
+    _check_tokens(logprobs, logprobs.dtype, 2, old, ref, advantages, mask, weights)
+    sums, gradient = _forward(args[:6], ClipOptions(*options[:4]), *options[4:], gradient=True)
     assert gradient is not None
     return sums[0].clone(), sums, gradient
 
@@ -301,6 +303,8 @@ def _op(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _op_from_logits(*args: Any) -> tuple[Tensor, ...]:
+    logits, ids, _, old, ref, advantages, mask, weights = args[:8]
+    _check_tokens(ids, statistics_dtype(logits.dtype), 1, old, ref, advantages, mask, weights)
     clip = ClipOptions(*args[8:12])
     sums, stats, gradient = _forward_logits(args[:8], clip, *args[12:], gradient=True, out=None)
     assert gradient is not None

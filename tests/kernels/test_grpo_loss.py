@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from grpoforge.reduction import reduce
@@ -271,6 +272,56 @@ def test_a_ratio_of_inf_has_no_gradient_where_the_clip_binds(dtype: torch.dtype)
     assert float(result.ratio_deviation) == math.inf
     unbounded, gradient = tokens.fused(**PLAIN, kl=None, beta=0.0)
     assert float(unbounded.loss) == math.inf and gradient[0, 1] == math.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_a_ratio_of_inf_times_an_advantage_of_zero_is_no_number(zero: float, dtype: torch.dtype) -> None:
+    moves = torch.tensor([[1000.0, 0.5]], dtype=dtype)
+    like, every = torch.zeros_like(moves), torch.ones_like(moves, dtype=torch.bool)
+    tokens = Tokens(moves, like, like, torch.tensor([[zero, 1.0]], dtype=dtype), every, every.double())
+    for result, gradient in (tokens.fused(**PLAIN, kl=None, beta=0.0), tokens.composed(**PLAIN, kl=None, beta=0.0)):
+        assert math.isnan(float(result.loss))
+        assert gradient.isnan().tolist() == [[True, False]]
+
+
+def test_sums_of_terms_that_cancel_keep_their_digits() -> None:
+    moves = torch.zeros(1, 48)
+    moves[0, 0], moves[0, 16], moves[0, 32] = 2.0**24, 1.0, -(2.0**24)
+    like, every = torch.zeros_like(moves), torch.ones_like(moves, dtype=torch.bool)
+    result, _ = Tokens(moves, moves, like, like, every, every.double()).fused(**PLAIN, kl="k1", beta=0.0)
+    assert float(result.kl_sum) == 1
+
+
+@pytest.mark.needs_compiler
+def test_one_advantage_for_all_of_a_row_is_not_copied() -> None:
+    class Copies(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.made += func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default)
+            return func(*args, **(kwargs or {}))
+
+    few = drawn(4, 100).to(torch.float32)
+    for advantages, copies in ((few.advantages, 0), (few.advantages.t().contiguous().t(), 1)):
+        tokens = dataclasses.replace(few, advantages=advantages)
+        with Copies() as mode, torch.no_grad():
+            grpo_loss(*(getattr(tokens, one.name) for one in dataclasses.fields(tokens)), **PLAIN, kl="k3", beta=0.1)
+        assert mode.made == copies
+
+
+def test_the_operators_refuse_what_does_not_fit_together() -> None:
+    few, options = drawn(2, 30).to(torch.float32), (0.2, 0.2, None, None, None, 0.0)
+    tensors = [getattr(few, one.name) for one in dataclasses.fields(few)]
+    tensors[1] = tensors[1][:1]
+    with pytest.raises(KernelError, match=r"old_logprobs is torch\.float32 \[1, 30\], not torch\.float32 \[2, 30\]"):
+        torch.ops.grpoforge.grpo_loss(*tensors, *options)
+    _, old, ref, advantages, mask, weights = (one[0] for one in tensors)
+    rows = torch.randn(30, 7), torch.zeros(30, dtype=torch.int64), torch.ones(30)
+    with pytest.raises(KernelError, match=r"weights is torch\.float32"):
+        torch.ops.grpoforge.grpo_loss_from_logits(
+            *rows, old, ref, advantages, mask, weights.float(), *options, None, 1.0
+        )
 
 
 @pytest.mark.needs_compiler

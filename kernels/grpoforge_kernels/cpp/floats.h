@@ -28,8 +28,8 @@ INLINE Floats all(float x) { return Floats{} + x; }
 INLINE Floats floats_of(Bits x) { return (Floats)x; }
 INLINE Bits bits_of(Floats x) { return (Bits)x; }
 
-// The larger or smaller of the two. Where x is NaN: `larger` and `smaller` give NaN, `larger_number` gives y. (The instruction gives its second
-// operand; a compiler takes two for the expression.)
+// The larger or smaller of the two. Where x is NaN: `larger` and `smaller` give NaN, `larger_number` gives y. (The
+// instruction gives its second operand; a compiler takes two for the expression.)
 #if REGISTER_BYTES == 64
 INLINE Floats larger_or_second(Floats x, Floats y) {
     Floats z;

@@ -27,8 +27,8 @@ __all__ = ["forward_backward", "from_logits", "scale_"]
 
 NUM_SUMS = 7
 KL_CODES = {None: 0, "k1": 1, "k2": 2, "k3": 3}
-_ADVANTAGES = 3
-"""Where they stand among the tensors of a loss."""
+_STEPS = (*((1,),) * 3, (0, 1), *((1,),) * 2)
+"""Column strides that C++ takes as they are, of each tensor of a loss: the advantages may be one for a row."""
 _TOKENS = Struct("6P9q4fi0P")
 """``GrpoTokens`` of grpo_loss.cpp: six addresses, seven strides and the shape, four options and the KL. Packed, and no
 `ctypes.Structure`: that takes as long as a quarter of the pass over 65,536 tokens."""
@@ -114,9 +114,7 @@ def _tokens(
 
     Only what has no neighbors in a row is copied; one advantage may stand for all of its row.
     """
-    held = [one if one is None or one.stride(1) == 1 else one.contiguous() for one in tensors]
-    if tensors[_ADVANTAGES].stride(1) == 0:  # type: ignore[union-attr]
-        held[_ADVANTAGES] = tensors[_ADVANTAGES]
+    held = [one if one is None or one.stride(1) in _STEPS[at] else one.contiguous() for at, one in enumerate(tensors)]
     logprobs, old, ref, advantages, mask, weights = cast("list[Tensor]", held)
     packed = _TOKENS.pack(
         logprobs.data_ptr(), old.data_ptr(), 0 if ref is None else ref.data_ptr(), advantages.data_ptr(),

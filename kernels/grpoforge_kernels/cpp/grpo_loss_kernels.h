@@ -68,7 +68,7 @@ INLINE Term clip_term(Floats ratio, Floats advantage, const GrpoOptions& o) {
     const Floats share = is_free ? one : (free == held ? 0.5f + 0.5f * inside : inside);
     const Ints is_stopped = (advantage < 0.0f) & (ratio > o.bound);
     const Floats factor = is_stopped ? none : share;
-    const Floats value = is_stopped ? -o.bound * advantage : (is_free ? -free : -held);
+    const Floats value = is_stopped ? -o.bound * advantage : (held <= free ? -held : -free);  // NaN where either is
     const Floats slope = factor == 0.0f ? none : -factor * advantage * ratio;
     return {value, value != value ? value : slope};
 }
@@ -111,8 +111,7 @@ INLINE T folded(const Lanes& x, const Operation& of) {
 // of the numbers, with NaN above all.
 struct Counts {
     Ints low = {}, high = {}, bound = {}, deviation = {}, kl_max = {};
-    Floats kl = {};
-    Doubles loss[2] = {};
+    Doubles loss[2] = {}, kl[2] = {};
 
     INLINE_MEMBER void add(Floats ratio, Floats distance, Floats advantage, Floats of_kl, const GrpoOptions& o) {
         const Ints is_negative = advantage < 0.0f;
@@ -122,17 +121,16 @@ struct Counts {
         const Ints far = (Ints)distance & 0x7fffffff, size = (Ints)of_kl & 0x7fffffff;
         deviation = far > deviation ? far : deviation;
         kl_max = size > kl_max ? size : kl_max;
-        kl += of_kl;
+        for (int half = 0; half < 2; half++) kl[half] += widened(of_kl, half * (LANES / 2));
     }
 
     GrpoSums sums() const {
         const auto plus = [](auto a, auto b) { return a + b; };
         const auto larger = [](auto a, auto b) { return a > b ? a : b; };
         const auto number = [](int32_t bits) { return grpoforge::float_of(static_cast<uint32_t>(bits)); };
-        const Doubles wide_kl = widened(kl, 0) + widened(kl, LANES / 2);
         return {
             folded<double>(loss[0] + loss[1], plus),
-            folded<double>(wide_kl, plus),
+            folded<double>(kl[0] + kl[1], plus),
             double(folded<int32_t>(low, plus)),
             double(folded<int32_t>(high, plus)),
             double(folded<int32_t>(bound, plus)),

@@ -1,6 +1,6 @@
 // What the C++ kernels share, whatever they are compiled for. No torch, no libm in a loop.
 //
-// -ffast-math must not be used: it cancels (t + MAGIC) - MAGIC, the rounding to integers of floats.h and grpo_loss.cpp.
+// -ffast-math must not be used: it cancels (t + MAGIC) - MAGIC, the rounding to integers of floats.h and grpo_loss_kernels.h.
 // What slips through is refused by the check at load time.
 #pragma once
 
@@ -65,14 +65,19 @@ struct Gradient {
     float maximum, k, a, c, spike, least;
 };
 
-// The least d whose terms e a and e c are normal numbers: processors take up to sixty times as long for others. What is
-// not finite has no such bound, and shows in all of its row.
+// The least d whose term e (a + c d) is a normal number, about: processors take up to sixty times as long for others. What
+// is not finite has no such bound, and shows in all of its row.
 INLINE float least_exponent(float a, float c) {
     if (!std::isfinite(a) || !std::isfinite(c)) return -INFINITY;
-    const float of_a = std::fabs(a), of_c = std::fabs(c);
     int exponent;
-    std::frexp(of_c == 0.0f || (of_a != 0.0f && of_a < of_c) ? of_a : of_c, &exponent);  // at least 2^(exponent - 1)
+    std::frexp(std::fmax(std::fabs(a), std::fabs(c)), &exponent);  // the larger is at least 2^(exponent - 1)
     return exponent < 1 ? -125.0f - static_cast<float>(exponent) : -126.0f;
+}
+
+// x, or 0 for a subnormal one.
+INLINE float normal(double x) {
+    const float narrow = static_cast<float>(x);
+    return std::fabs(narrow) < FLT_MIN ? 0.0f : narrow;  // NaN stays
 }
 
 // Where g, h and l are the derivatives by log-prob, entropy and logsumexp: s p (b + c ln p) with p = e / S and
@@ -82,8 +87,8 @@ INLINE Gradient coefficients_of(const Stats& stats, float inv_temperature, float
     const double s = inv_temperature, sum = stats.total, log_total = std::log(sum), by_logit = s * scale;
     const double entropy = log_total - stats.weighted / sum;
     const double c = -static_cast<double>(h), b = h == 0.0f ? double(l) - g : double(l) - g - h * entropy;
-    const float factor = static_cast<float>(by_logit / sum * (h == 0.0f ? b : b - c * log_total));
-    const float slope = static_cast<float>(by_logit / sum * c * LN2), spike = static_cast<float>(by_logit * g);
+    const float factor = normal(by_logit / sum * (h == 0.0f ? b : b - c * log_total));
+    const float slope = normal(by_logit / sum * c * LN2), spike = static_cast<float>(by_logit * g);
     return {stats.maximum, inv_temperature * LOG2E, factor, slope, spike, least_exponent(factor, slope)};
 }
 
