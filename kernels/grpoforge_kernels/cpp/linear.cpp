@@ -1,5 +1,6 @@
 // Sweeps of linear_logprobs over the vocabulary for bfloat16 with float32 logits, on processors that multiply bfloat16
-// (tiles.h): statistics of rows, and gradients that make the logits again. The equations are in ../linear_logprobs.py.
+// (tiles.h): statistics of rows, and gradients that make the logits again or, for a frozen head, are had along the way
+// (linear_expectation.h). The equations are in ../linear_logprobs.py.
 //
 // Logits are made transposed, a strip of up to 256 tokens by all rows at a time: rows of the weight are packed by a copy,
 // all arithmetic has as many rows as lanes and adds nothing across them, and what one step leaves in L2 the next one reads.
@@ -178,30 +179,30 @@ struct Panel {
     uint16_t* slopes;
 };
 
-// The gradient by the scores of a strip, in place and rounded in `narrow` [strip, stride()]: zeros behind the last token.
+// The gradient by the scores of a strip, rounded, [strip, stride()]: zeros behind the last token.
 void write_slopes(
-    const Sweep& in, const Slopes& slopes, int64_t token, float* scores, uint16_t* narrow, float* bias_gradient) {
-    const int64_t count = in.strip_size(token);
-    const auto is_here = [&](int64_t row) { return static_cast<uint64_t>(in.ids[row] - token) < static_cast<uint64_t>(count); };
-    for (int64_t at = 0; at < in.strip; at++) {
-        float* const line = scores + at * in.stride();
-        for (int64_t row = 0; row < in.rows; row += LANES)
-            store(at < count ? slopes.of(load(line + row), row) : simd::all(0.0f), line + row);
-    }
-    for (int64_t row = 0; row < in.num_rows; row++)
-        if (is_here(row)) scores[(in.ids[row] - token) * in.stride() + row] += slopes.spike[row];
-    for (int64_t at = 0; at < in.strip; at++) {
+    const Sweep& in, const Slopes& slopes, int64_t token, const float* scores, uint16_t* narrow, float* bias_gradient) {
+    const int64_t count = in.strip_size(token), stride = in.stride();
+    for (int64_t at = 0; at < count; at++) {
         Floats sum = simd::all(0.0f);
         for (int64_t row = 0; row < in.rows; row += LANES) {
-            const Floats slope = load(scores + at * in.stride() + row);
+            const Floats slope = slopes.of(load(scores + at * stride + row), row);
             const Halves halves = rounded(slope);
-            std::memcpy(narrow + at * in.stride() + row, &halves, sizeof halves);
+            std::memcpy(narrow + at * stride + row, &halves, sizeof halves);
             sum += slope;
         }
-        if (!bias_gradient || at >= count) continue;
+        if (!bias_gradient) continue;
         float whole = 0.0f;
         for (int64_t lane = 0; lane < LANES; lane++) whole += sum[lane];
         bias_gradient[token + at] = whole;
+    }
+    std::memset(narrow + count * stride, 0, static_cast<size_t>((in.strip - count) * stride) * sizeof *narrow);
+    for (int64_t row = 0; row < in.num_rows; row++) {
+        const int64_t at = in.ids[row] - token, lane = row % LANES;
+        if (at < 0 || at >= count) continue;
+        const Floats slope = slopes.of(load(scores + at * stride + row - lane), row - lane) + slopes.spike[row];
+        narrow[at * stride + row] = rounded(slope)[lane];
+        if (bias_gradient) bias_gradient[token + at] += slopes.spike[row];
     }
 }
 
@@ -259,15 +260,6 @@ void add_hidden_gradient(const Sweep& in, const Panel& panel, int64_t from, int6
                     smaller(panel.num_tiles - at, MOST_TILES), blocks + column * in.rows + row * BLOCK, BLOCK, true);
 }
 
-// Terms that a column's blocks hold so far, relative to what their rows are relative to now.
-void shrink(const Sweep& in, const float* by, float* blocks) {
-    for (int64_t row = 0; row < in.rows; row++, blocks += BLOCK) {
-        if (by[row] == 1.0f) continue;
-        store(load(blocks) * by[row], blocks);
-        store(load(blocks + LANES) * by[row], blocks + LANES);
-    }
-}
-
 void write_hidden_gradient(const Sweep& in, const float* blocks, int64_t column, float* out) {
     const Result result = {out, in.hidden_size, true, false};
     for (int64_t row = 0; row < in.num_rows; row += BLOCK)
@@ -275,46 +267,6 @@ void write_hidden_gradient(const Sweep& in, const float* blocks, int64_t column,
             blocks + column * in.rows + row * BLOCK, result, row, column, smaller(in.num_rows - row, BLOCK),
             smaller(in.hidden_size - column, BLOCK));
 }
-
-// What the forward of a frozen head carries from group to group: of each row, the highest score so far, and what makes the
-// terms relative to it of those that were relative to the one before. All [rows].
-struct Running {
-    float *highest, *by;
-
-    // The scores of a group and LANES rows: their sums go to `part`, [3, rows], and their weights 2^((score - highest) k) to
-    // the panel, 0 for the chosen token.
-    void add(
-        const Sweep& in, const Panel& panel, const float* scores, const float* k, int64_t row, float* part, float* chosen) const {
-        const int64_t count = smaller(GROUP, in.vocab_size - panel.start), stride = in.stride();
-        const Floats unit = load(k + row), before = load(highest + row);
-        Floats most = before;
-        for (int64_t at = 0; at < count; at++) most = simd::larger_number(load(scores + at * stride + row), most);
-        alignas(64) uint16_t narrow[GROUP * LANES] = {};
-        Floats sum = simd::all(0.0f), sum_of_products = sum;
-        for (int64_t at = 0; at < count; at++) {
-            const Floats d = simd::at_least_underflow((load(scores + at * stride + row) - most) * unit), e = simd::exp2_of(d);
-            const Halves halves = rounded(e);
-            std::memcpy(narrow + at * LANES, &halves, sizeof halves);
-            sum += e;
-            sum_of_products += e * d;
-        }
-        for (int64_t lane = 0; lane < LANES && row + lane < in.num_rows; lane++) {
-            const int64_t at = in.ids[row + lane] - panel.start;
-            if (at < 0 || at >= count) continue;
-            chosen[row + lane] = scores[at * stride + row + lane];
-            narrow[at * LANES + lane] = 0;
-        }
-        store(most, highest + row);
-        store(simd::exp2_of(simd::at_least_underflow((before - most) * unit)), by + row);
-        store(most, part + row);
-        store(sum, part + in.rows + row);
-        store(sum_of_products, part + 2 * in.rows + row);
-        const Matrix weights = {narrow, 1, LANES, false};
-        for (int64_t tile = 0; tile < panel.num_tiles; tile++)
-            pack_tile(
-                weights, 0, tile * DEPTH, LANES, DEPTH, false, panel.slopes + (row / LANES * panel.num_tiles + tile) * TILE);
-    }
-};
 
 // Hidden states as a second factor: by rows with a depth of the hidden size, and by the hidden size with a depth of rows.
 struct Factors {
@@ -362,45 +314,7 @@ void forward(const Sweep& in, const float* k, float* parts, float* chosen) {
     }
 }
 
-// As `forward`, and into `expectation`, [num_rows, hidden_size], the sums over tokens of their weights by rows of the weight.
-void expect(const Sweep& in, const float* k, float* parts, float* chosen, float* expectation) {
-    const Factors factors(in, false);
-    const TileShapes shapes;
-    const int64_t columns = in.hidden_lines() * LANES;
-    const Aligned<uint16_t> weights(in.slopes_room());
-    const Aligned<float> blocks(in.rows * columns), scores(in.group_room()), rows(2 * in.rows);
-    const Running running = {rows, rows + in.rows};
-    for (int64_t row = 0; row < in.rows; row++) running.highest[row] = -FLT_MAX;
-#pragma omp parallel num_threads(in.num_threads) if (in.num_threads > 1)
-    {
-        const Aligned<uint16_t> lines(in.lines_room()), weight(in.weight_room());
-#pragma omp for schedule(dynamic)
-        for (int64_t line = 0; line < in.rows / LANES; line++) factors.pack_columns(line);
-#pragma omp for schedule(static)
-        for (int64_t column = 0; column < columns; column += BLOCK)
-            std::memset(blocks + column * in.rows, 0, in.rows * BLOCK * sizeof(float));
-        if (in.kind == AMX) __asm__ volatile("ldtilecfg %0" ::"m"(shapes));
-        for (int64_t start = 0; start < in.vocab_size; start += GROUP) {
-            const int64_t stop = smaller(start + GROUP, in.vocab_size);
-            const Panel panel = {start, tiles_of(stop - start, DEPTH), weights};
-#pragma omp for schedule(static)
-            for (int64_t token = start; token < stop; token += in.strip)
-                in.make_scores(token, factors.columns, lines, scores + (token - start) * in.stride());
-#pragma omp for schedule(static)
-            for (int64_t row = 0; row < in.rows; row += LANES)
-                running.add(in, panel, scores, k, row, parts + start / GROUP * 3 * in.rows, chosen);
-#pragma omp for schedule(static)
-            for (int64_t column = 0; column < columns; column += in.width) {
-                const int64_t end = smaller(column + in.width, columns);
-                for (int64_t at = column; at < end; at += BLOCK) shrink(in, running.by, blocks + at * in.rows);
-                add_hidden_gradient(in, panel, column, end, weight, blocks);
-            }
-        }
-        if (in.kind == AMX) __asm__ volatile("tilerelease" ::);
-#pragma omp for schedule(static)
-        for (int64_t column = 0; column < columns; column += BLOCK) write_hidden_gradient(in, blocks, column, expectation);
-    }
-}
+#include "linear_expectation.h"
 
 void backward(const Sweep& in, const Slopes& slopes, const Gradients& into) {
     const Factors factors(in, into.weight);
