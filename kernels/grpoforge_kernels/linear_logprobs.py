@@ -82,7 +82,7 @@ def linear_logprobs(
         mask: ``[N]`` bool; rows where it is False are not read, and give 0 and gradient 0.
         softcap: logits ``x = scale * (...)`` become ``softcap * tanh(x / softcap)``.
         scale: factor on the logits.
-        chunk_bytes: what a panel of the vocabulary may take; by default 16 MiB for 8 threads of a CPU
+        chunk_bytes: what a panel of the vocabulary may take; by default 24 MiB for 8 threads of a CPU
             (their cache), else 512 MiB.
         skip_zero_rows: False computes also what is multiplied by 0, to measure what skipping saves. What is skipped are
             exact zeros, so gradients differ by no more than the order in which products of other sizes are summed,

@@ -26,7 +26,7 @@ from torch import Tensor
 from grpoforge_kernels import dispatch
 from grpoforge_kernels.rows import UNDERFLOW, RowStats, merge, statistics_dtype
 
-CPU_CHUNK_BYTES = 2**24
+CPU_CHUNK_BYTES = 3 * 2**23
 """What a sweep touches per panel on a CPU: it has to stay in the shared cache while three products pass over it."""
 ACCELERATOR_CHUNK_BYTES = 2**29
 CPU_BLOCK_ROWS = 2048

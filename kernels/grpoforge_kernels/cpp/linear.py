@@ -1,9 +1,9 @@
 """Sweeps of `linear_logprobs` over the vocabulary in C++, for bfloat16 on CPUs that multiply it (AMX, AVX512_BF16).
 
 What `grpoforge_kernels.linear_panels` computes by one product and one row kernel after the other, panel by panel, is
-one pass here: logits of up to 256 tokens by all rows are made, read and forgotten in a core's cache; those of 512 in the
-caches of all cores where the head is frozen and its expectation is carried along. Results do not depend on the number
-of threads.
+one pass here: logits of up to 256 tokens by all rows are made, read and forgotten in a core's cache; those of 512 in
+the caches of all cores where the head is frozen and its expectation is carried along. Results do not depend on the
+number of threads.
 """
 
 from __future__ import annotations
