@@ -124,7 +124,10 @@ def main() -> None:
         for case in asked.case or ["tiny-math", "vocabulary"]:
             results["cases"][case] = compare(case, asked.rounds, folder)
             show(case, results["cases"][case])
-    (ROOT / f"benchmarks/results/steps-{date}.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    path = ROOT / f"benchmarks/results/steps-{date}.json"
+    if path.is_file():  # of another case, measured on the same day
+        results["cases"] = json.loads(path.read_text(encoding="utf-8"))["cases"] | results["cases"]
+    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 def show(case: str, found: dict[str, dict[str, float]]) -> None:
