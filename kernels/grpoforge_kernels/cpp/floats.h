@@ -49,17 +49,17 @@ INLINE Floats smaller(Floats x, Floats y) { return x > y ? y : x; }
 INLINE Floats larger_number(Floats x, Floats y) { return x > y ? x : y; }
 #endif
 
-// For exp2_of, whose result is 0 where it would be subnormal: no float32 sum with a 1 in it would notice. vscalefps takes
-// sixty times as long to make such a number, and a 0 from any d between -150 and about -500.
-#if REGISTER_BYTES == 64
-INLINE Floats at_least_underflow(Floats d) { return d < -126.0f ? all(UNDERFLOW) : d; }
-#else
-INLINE Floats at_least_underflow(Floats d) { return larger(d, all(UNDERFLOW)); }
-#endif
-
 // d where its power of two counts, else a d whose power is exactly 0.
 template <typename Least>
 INLINE Floats at_least(Floats d, Least least) { return d < least ? all(UNDERFLOW) : d; }
+
+// For exp2_of, whose result is 0 where it would be subnormal: no float32 sum with a 1 in it would notice. vscalefps takes
+// sixty times as long to make such a number, and a 0 from any d between -150 and about -500.
+#if REGISTER_BYTES == 64
+INLINE Floats at_least_underflow(Floats d) { return at_least(d, -126.0f); }
+#else
+INLINE Floats at_least_underflow(Floats d) { return larger(d, all(UNDERFLOW)); }
+#endif
 
 // Minimax polynomials of 2^f, for f in [0, 1) where the target has an instruction for it and in [-1/2, 1/2] elsewhere: of
 // relative error 1.6e-7 in float32, and 7.5e-5 for what is rounded to bfloat16 (2e-3) at once.

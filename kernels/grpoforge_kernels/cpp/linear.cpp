@@ -107,6 +107,27 @@ struct Sweep : GrpoforgeLinear {
     }
 };
 
+// Of LANES rows: the highest of their scores and of `before`, and sums relative to it, `weighted` in units of log2.
+struct Terms {
+    Floats highest, total, weighted;
+};
+
+// `scores` are the first row's; `see` is told each token's place and its terms 2^((score - highest) unit).
+template <typename See>
+INLINE Terms terms_of(const float* scores, int64_t count, int64_t stride, Floats before, Floats unit, const See& see) {
+    Terms terms = {before, simd::all(0.0f), simd::all(0.0f)};
+    for (int64_t at = 0; at < count; at++) terms.highest = simd::larger_number(load(scores + at * stride), terms.highest);
+#pragma GCC unroll 4
+    for (int64_t at = 0; at < count; at++) {
+        const Floats d = simd::at_least_underflow((load(scores + at * stride) - terms.highest) * unit);
+        const Floats e = simd::exp2_of(d);
+        see(at, e);
+        terms.total += e;
+        terms.weighted += e * d;
+    }
+    return terms;
+}
+
 // Of rows: the highest score, and sums relative to it, `weighted` in units of log2. All [rows].
 struct Sums {
     float *highest, *total, *weighted;
@@ -117,21 +138,12 @@ struct Sums {
 
     void add(const float* scores, int64_t count, int64_t stride, const float* k, int64_t row) const {
         const Floats unit = load(k + row), before = load(highest + row);
-        Floats most = before;
-        for (int64_t at = 0; at < count; at++) most = simd::larger_number(load(scores + at * stride + row), most);
-        Floats sum = simd::all(0.0f), sum_of_products = sum;
-#pragma GCC unroll 4
-        for (int64_t at = 0; at < count; at++) {
-            const Floats d = simd::at_least_underflow((load(scores + at * stride + row) - most) * unit);
-            const Floats e = simd::exp2_of(d);
-            sum += e;
-            sum_of_products += e * d;
-        }
-        const Floats shift = simd::at_least_underflow((before - most) * unit), by = simd::exp2_of(shift);
+        const Terms terms = terms_of(scores + row, count, stride, before, unit, [](int64_t, Floats) {});
+        const Floats shift = simd::at_least_underflow((before - terms.highest) * unit), by = simd::exp2_of(shift);
         const Floats old = load(total + row);
-        store(most, highest + row);
-        store(sum + by * old, total + row);
-        store(sum_of_products + by * (load(weighted + row) + old * shift), weighted + row);
+        store(terms.highest, highest + row);
+        store(terms.total + by * old, total + row);
+        store(terms.weighted + by * (load(weighted + row) + old * shift), weighted + row);
     }
 };
 
@@ -177,6 +189,13 @@ struct Gradients {
 struct Panel {
     int64_t start, num_tiles;
     uint16_t* slopes;
+
+    // `count` tiles from `first` on of LANES rows, which are lines of `from` beginning with `line`.
+    void pack(const Matrix& from, int64_t line, int64_t row, int64_t first, int64_t count) const {
+        for (int64_t tile = 0; tile < count; tile++)
+            pack_tile(
+                from, line, tile * DEPTH, LANES, DEPTH, false, slopes + (row / LANES * num_tiles + first + tile) * TILE);
+    }
 };
 
 // The gradient by the scores of a strip, rounded, [strip, stride()]: zeros behind the last token.
@@ -235,11 +254,7 @@ void write_weight_gradient(
 void pack_strip(const Sweep& in, const uint16_t* narrow, int64_t token, const Panel& panel) {
     const Matrix slopes = {narrow, 1, in.stride(), false};
     const int64_t first = (token - panel.start) / DEPTH, count = tiles_of(in.strip_size(token), DEPTH);
-    for (int64_t row = 0; row < in.rows; row += LANES)
-        for (int64_t tile = 0; tile < count; tile++)
-            pack_tile(
-                slopes, row, tile * DEPTH, LANES, DEPTH, false,
-                panel.slopes + (row / LANES * panel.num_tiles + first + tile) * TILE);
+    for (int64_t row = 0; row < in.rows; row += LANES) panel.pack(slopes, row, row, first, count);
 }
 
 // Adds the panel's part of columns of the hidden states' gradient, which is in blocks of 32 x 32 here, those of one column

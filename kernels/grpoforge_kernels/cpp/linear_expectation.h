@@ -23,32 +23,23 @@ struct Running {
         float* chosen) const {
         const int64_t count = smaller(GROUP, in.vocab_size - panel.start), stride = in.stride();
         const Floats unit = load(k + row), before = load(highest + row);
-        Floats most = before;
-        for (int64_t at = 0; at < count; at++) most = simd::larger_number(load(scores + at * stride + row), most);
         alignas(64) uint16_t narrow[GROUP * LANES] = {};
-        Floats sum = simd::all(0.0f), sum_of_products = sum;
-        for (int64_t at = 0; at < count; at++) {
-            const Floats d = simd::at_least_underflow((load(scores + at * stride + row) - most) * unit), e = simd::exp2_of(d);
+        const Terms terms = terms_of(scores + row, count, stride, before, unit, [&](int64_t at, Floats e) {
             const Halves halves = rounded(e);
             std::memcpy(narrow + at * LANES, &halves, sizeof halves);
-            sum += e;
-            sum_of_products += e * d;
-        }
+        });
         for (int64_t lane = 0; lane < LANES && row + lane < in.num_rows; lane++) {
             const int64_t at = in.ids[row + lane] - panel.start;
             if (at < 0 || at >= count) continue;
             chosen[row + lane] = scores[at * stride + row + lane];
             narrow[at * LANES + lane] = 0;
         }
-        store(most, highest + row);
-        store(simd::exp2_of(simd::at_least_underflow((before - most) * unit)), by + row);
-        store(most, part + row);
-        store(sum, part + in.rows + row);
-        store(sum_of_products, part + 2 * in.rows + row);
-        const Matrix weights = {narrow, 1, LANES, false};
-        for (int64_t tile = 0; tile < panel.num_tiles; tile++)
-            pack_tile(
-                weights, 0, tile * DEPTH, LANES, DEPTH, false, panel.slopes + (row / LANES * panel.num_tiles + tile) * TILE);
+        store(terms.highest, highest + row);
+        store(simd::exp2_of(simd::at_least_underflow((before - terms.highest) * unit)), by + row);
+        store(terms.highest, part + row);
+        store(terms.total, part + in.rows + row);
+        store(terms.weighted, part + 2 * in.rows + row);
+        panel.pack({narrow, 1, LANES, false}, 0, row, 0, panel.num_tiles);
     }
 };
 
