@@ -12,8 +12,15 @@ from grpoforge_kernels import dispatch
 @contextlib.contextmanager
 def forced(backend: str) -> Iterator[None]:
     """Run the operations on one backend."""
+    with restored():
+        force(backend)
+        yield
+
+
+@contextlib.contextmanager
+def restored() -> Iterator[None]:
+    """Let what was forced before, if anything, be forced again afterwards."""
     before = os.environ.get(dispatch.VARIABLE, "")
-    force(backend)
     try:
         yield
     finally:

@@ -16,16 +16,14 @@ What was not measured is null, and ``note`` says why.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from grpoforge_kernels import dispatch
 from grpoforge_kernels.bench import child, lineup, problems, tuning
 from grpoforge_kernels.bench.accuracy import BOUNDS, TIMES_PLAIN, Bound, Errors, errors
-from grpoforge_kernels.bench.contenders import PLAIN_TORCH, Contender, Step
-from grpoforge_kernels.bench.forcing import force, forced
+from grpoforge_kernels.bench.contenders import PLAIN_TORCH, Contender
+from grpoforge_kernels.bench.forcing import force, restored
 from grpoforge_kernels.bench.machine import commit, machine, today, versions
 from grpoforge_kernels.bench.measure import Runner, Timing, clock_of, copy_rate, gemm_rate, interleave
 from grpoforge_kernels.bench.plan import SECONDS_PER_CONTENDER, Case, Plan
@@ -158,10 +156,8 @@ def _measure_case(case: Case, plan: Plan, rates: Mapping[str, Any]) -> dict[str,
     problem = problems.build(case)
     if case.device == "cuda" and isinstance(problem, RowsProblem):
         tuning.tune(problem)
-    rows, steps = _check(case, plan, problem)
-    backends = {one.name: one.backend for one in lineup.contenders(case, plan)}
-    runners = {name: Runner(step, _ready(problem, backends[name])) for name, step in steps.items()}
-    with forced(os.environ.get(dispatch.VARIABLE, "")):
+    rows, runners = _check(case, plan, problem)
+    with restored():
         timings = interleave(
             runners, rounds=plan.num_rounds, limit=SECONDS_PER_CONTENDER[plan.effort], clock=clock_of(case.device)
         )
@@ -171,7 +167,7 @@ def _measure_case(case: Case, plan: Plan, rates: Mapping[str, Any]) -> dict[str,
             row["timings"][plan.malloc] = _timing_values(
                 timings[row["name"]], timings.get(lead or ""), problem, rates, case.dtype
             )
-    del problem, runners, steps
+    del problem, runners
     if plan.memory and plan.effort != "quick":
         peaks = child.measure_memory(plan, case, list(timings))
         for row in rows:
@@ -199,15 +195,15 @@ def _ready(problem: Problem, backend: str) -> Callable[[], None]:
     return ready
 
 
-def _check(case: Case, plan: Plan, problem: Problem) -> tuple[list[dict[str, Any]], dict[str, Step]]:
-    """A row for every contender with its errors, and the steps of those that are to be timed.
+def _check(case: Case, plan: Plan, problem: Problem) -> tuple[list[dict[str, Any]], dict[str, Runner]]:
+    """A row for every contender with its errors, and those that are to be timed, ready.
 
     One of ours is wrong when an error is above its bound in `accuracy.BOUNDS`. It is wrong as well when its error is
     above twice that of plain torch in the same format (of the log-probs or the loss, which both compute, and of the
     gradient) and above `accuracy.floor`, a few rounding steps. Where plain torch did not run, the bounds alone decide.
     """
     exact = problems.exact(problem)
-    rows, steps, found = [], {}, {}
+    rows, runners, found = [], {}, {}
     for contender in lineup.contenders(case, plan):
         row = _row(contender)
         rows.append(row)
@@ -223,14 +219,14 @@ def _check(case: Case, plan: Plan, problem: Problem) -> tuple[list[dict[str, Any
                 raise
             row["note"] = f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
             continue
-        steps[contender.name] = step
+        runners[contender.name] = Runner(step, _ready(problem, contender.backend))
     bound = BOUNDS[case.op, case.dtype]
     for row in rows:
         if row["name"] in found:
             _judge(row, found[row["name"]], bound, found.get(PLAIN_TORCH), case.dtype)
     # What is wrong is not timed.
     right = [row["name"] for row in rows if row["correct"] is not False]
-    return rows, {name: step for name, step in steps.items() if name in right}
+    return rows, {name: runner for name, runner in runners.items() if name in right}
 
 
 def _row(contender: Contender) -> dict[str, Any]:
