@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from grpoforge.binding import Bound
+from grpoforge.declarations import unbound
 from grpoforge.errors import PluginError
 from grpoforge.metrics import Totals
 from grpoforge.types import Loss, LossInputs
@@ -115,5 +116,5 @@ def _describe(value: object) -> str:
 
 def _name(component: object) -> str:
     """Of a function, also with options bound, its name; of an object that of its class."""
-    function = getattr(component, "func", component)
+    function = unbound(component)
     return str(getattr(function, "__name__", type(function).__name__))

@@ -44,6 +44,11 @@ def declares(**facts: Any) -> Callable[[Component], Component]:
     return state
 
 
+def unbound(component: object) -> Any:
+    """``component``, a function or an object, without the options that are bound to it."""
+    return getattr(component, "func", component)
+
+
 def declared(component: object, name: str, default: Any = None) -> Any:
     """What ``component``, a function (also with options bound) or an object, states as ``name``."""
-    return getattr(getattr(component, "func", component), name, default)
+    return getattr(unbound(component), name, default)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from grpoforge.binding import Bound
+from grpoforge.declarations import declared, unbound
 from grpoforge.objective import Frozen, Objective, Update
 from grpoforge.types import Batch, TokenLogprobs
 from grpoforge_kernels import ops
@@ -70,14 +71,14 @@ def _own_form(component: object) -> Any:
 
     A subclass that computes something else inherits the name, and ``functools.wraps`` copies it to the wrapper.
     """
-    plain = getattr(component, "func", component)
+    plain = unbound(component)
     if hasattr(plain, "__wrapped__"):
         return None
     if not inspect.isroutine(plain):
         calls, states = (_owner(type(plain), name) for name in ("__call__", "kernel_form"))
         if calls is not states:
             return None
-    return getattr(plain, "kernel_form", None)
+    return declared(plain, "kernel_form")
 
 
 def _owner(kind: type, name: str) -> type | None:

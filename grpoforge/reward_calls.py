@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from grpoforge.declarations import unbound
 from grpoforge.errors import RewardError
 
 
@@ -122,7 +123,7 @@ def _run_forever(loop: asyncio.AbstractEventLoop) -> None:
 def raised(call: RewardCall, failure: BaseException) -> RewardError:
     """The error for what a reward raised: its name, the first line of it, and the line of its own file."""
     frames = traceback.extract_tb(failure.__traceback__)
-    function: Any = inspect.unwrap(getattr(call.function, "func", call.function))
+    function: Any = inspect.unwrap(unbound(call.function))
     code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
     own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
     frame = (own or frames)[-1]
