@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,17 +23,8 @@ from grpoforge_kernels.errors import KernelError
 from grpoforge_kernels.ops import TokenStats, selective_log_softmax
 from grpoforge_kernels.rows import RowStats
 
-
-def _bounds() -> ModuleType:
-    """The table beside this file, which is no package."""
-    spec = importlib.util.spec_from_file_location("bounds", Path(__file__).with_name("bounds.py"))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-bounds = _bounds()
+bounds = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("bounds.py"))))
+"""The table beside this file, which is no package."""
 INF = math.inf
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES)
